@@ -148,9 +148,9 @@ class Progress:
         self.what, self.total, self.every = what, total, every
         self.began, self.shown = time.perf_counter(), -every
 
-    def __call__(self, done, total=None, more=lambda: ""):
-        "Show `done` of `total`, and behind it what `more()` says."
-        total, passed = total or self.total, time.perf_counter() - self.began
+    def __call__(self, done, more=lambda: ""):
+        "Show that `done` are done, and behind it what `more()` says."
+        total, passed = self.total, time.perf_counter() - self.began
         if done < total and passed - self.shown < self.every: return
         self.shown = passed
         left = f"about {passed / done * (total - done):.0f} s left" if 0 < done < total else f"{passed:.0f} s"

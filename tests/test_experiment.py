@@ -1,0 +1,72 @@
+"The main job through papermill, on a few small images and masks: complete, repeatable, resumable, and strict."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+root = Path(__file__).parent.parent
+small = dict(ood="weaves", image_size=48, n_evals=7, pop_size=4, n_jobs=1)
+
+
+def papermill(folder, cache, **parameters):
+    "Run the experiment as a user would, in a folder, with a cache; the finished process."
+    given = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
+    return subprocess.run([str(Path(sys.executable).parent / "papermill"), str(root / "nbs" / "experiment.ipynb"), "out.ipynb", *given], cwd=folder,
+                          capture_output=True, text=True, env=os.environ | dict(MOEVO_CACHE=str(cache), MOEVO_DATA=str(folder / "none")))
+
+
+def printed(notebook):
+    return "".join(o.get("text", "") for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, class_folders):
+    "Two runs with the same parameters, each with an empty cache, and one more with the first one's cache."
+    folders = [tmp_path_factory.mktemp(f"run{k}") for k in range(3)]
+    for folder, cache in zip(folders, (folders[0], folders[1], folders[0])):
+        done = papermill(folder, cache / "cache", dataset=class_folders, out_dir="results", **small)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def test_a_run_leaves_everything_behind(finished):
+    out = finished[0] / "results"
+    result = json.loads((out / "result.json").read_text())
+    assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
+    front = pd.read_csv(out / "front.csv", dtype={"mask": str})
+    assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "mask"] and len(front) == result["front_size"]
+    assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
+    names = {f.stem for f in (out / "figures").glob("*.png")}
+    assert names == {"front", "hypervolume", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
+    assert names <= {f.stem for f in (out / "figures").glob("*.csv")} and (out / "evaluations.sqlite").exists()
+
+
+def test_the_executed_notebook_is_short_and_whole(finished):
+    text = printed(finished[0] / "out.ipynb")
+    assert "7 of 7 evaluations" in text and "6 of 7 evaluations" not in text and len(text.splitlines()) < 15
+
+
+def test_the_same_parameters_give_the_same_front(finished):
+    one, two, warm = [(f / "results" / "front.csv").read_text() for f in finished]
+    assert one == two == warm
+
+
+def test_a_warm_cache_spares_the_backbone(finished):
+    assert "through the backbone" in printed(finished[1] / "out.ipynb")
+    assert "through the backbone" not in printed(finished[2] / "out.ipynb")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(datset="flowers", n_evals="many", pop_size=1), ["did you mean 'dataset'?", "int expected", "at least 2"]),
+    (dict(out_dir="/proc/x"), ["cannot be written"])])
+def test_bad_parameters_stop_before_anything_is_computed(tmp_path, wrong, said):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "result.json").write_text("{}")
+    done = papermill(tmp_path, tmp_path / "cache", **dict(dict(out_dir="results"), **wrong))
+    assert done.returncode != 0 and all(words in done.stderr for words in said)
+    assert (tmp_path / "results" / "result.json").read_text() == "{}" and not (tmp_path / "cache").exists()

@@ -1,0 +1,46 @@
+"What must not depend on the number of processes, nor on whether one of them was killed."
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+
+from moevo_nb.backbone import extract
+from moevo_nb.data import load
+
+search = """
+import sys
+import numpy as np
+from moevo_nb.evolution import Evaluator, Problem, Search, evolve
+from moevo_nb.store import Store, to_hex
+rng = np.random.default_rng(0)
+x, y = np.maximum(rng.normal(0, 1, (80, 30)), 0).astype(np.float32), np.arange(80) % 2
+x[:, :5] += y[:, None]
+problem = Problem(x, y, [(np.arange(40), np.arange(40, 80))], [x[40:] + 1], preset="paper")
+with Store(sys.argv[1]) as store:
+    evaluate = Evaluator(problem, store, progress=lambda: print("trained", flush=True))
+    (masks, table), = evolve(evaluate, [Search(30, 40, pop_size=10)])
+    print(to_hex(masks.ravel()), table.to_csv())
+"""
+
+
+def start(path):
+    return subprocess.Popen([sys.executable, "-c", search, str(path)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_search_goes_on_where_it_stopped(tmp_path):
+    whole = start(tmp_path / "whole.sqlite").communicate()[0].split("trained\n")
+    killed = start(tmp_path / "killed.sqlite")
+    for _ in range(15): killed.stdout.readline()
+    os.kill(killed.pid, signal.SIGKILL)
+    finished = 15 + killed.communicate()[0].count("trained")
+    resumed = start(tmp_path / "killed.sqlite").communicate()[0].split("trained\n")
+    assert resumed[-1] == whole[-1] and len(resumed[-1]) > 100
+    assert len(whole) - len(resumed) in (finished, finished + 1)   # one may have been committed, but not told of, when it was killed
+
+
+def test_features_do_not_depend_on_the_number_of_processes():
+    flowers, some = load("flowers"), np.arange(40)
+    one, two = (extract(flowers, some, ("efficientnet_lite0", "", "cpu"), 64, n_jobs=n) for n in (1, 2))
+    np.testing.assert_array_equal(one, two)

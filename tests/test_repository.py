@@ -1,0 +1,118 @@
+"What every commit must keep: notebooks clean, package in sync, README fresh, pins equal, layers respected."
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from readme import readme
+
+root = Path(__file__).parent.parent
+notebooks = sorted((root / "nbs").glob("*.ipynb"))
+modules = sorted(p for p in (root / "moevo_nb").glob("*.py") if not p.name.startswith("_"))
+cells = {n.stem: json.loads(n.read_text())["cells"] for n in notebooks}
+settings = configparser.ConfigParser(delimiters=["="])
+settings.read(root / "settings.ini")
+cfg = settings["DEFAULT"]
+
+
+def copy_of_the_project(folder):
+    for name in ("nbs", "moevo_nb", "settings.ini", "setup.py", "pyproject.toml"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, folder / name)
+    return folder
+
+
+def run(command, folder):
+    done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def differences(folder, pattern):
+    return [str(f.relative_to(folder)) for f in sorted(folder.glob(pattern))
+            if not (root / f.relative_to(folder)).exists() or f.read_bytes() != (root / f.relative_to(folder)).read_bytes()]
+
+
+def test_notebooks_are_clean(tmp_path):
+    run(["nbdev_clean"], copy_of_the_project(tmp_path))
+    assert not differences(tmp_path, "nbs/*.ipynb"), "run nbdev_clean"
+
+
+def test_package_is_in_sync(tmp_path):
+    copy_of_the_project(tmp_path)
+    for module in (tmp_path / "moevo_nb").glob("*.py"): module.unlink()
+    (tmp_path / "moevo_nb" / "__init__.py").write_text("")
+    run(["nbdev_export"], tmp_path)
+    assert not differences(tmp_path, "moevo_nb/*.py"), "run nbdev_export"
+    assert {m.name for m in modules} == {p.name for p in (tmp_path / "moevo_nb").glob("[!_]*.py")}
+
+
+def test_readme_is_the_index():
+    assert (root / "README.md").read_text() == readme(), "run python tests/readme.py"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = (root / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert command.replace(" -q", "") in (root / "README.md").read_text()
+
+
+def test_environment_pins_what_settings_pins():
+    pins = re.findall(r'^      - "(.+)"$', (root / "environment.yml").read_text(), re.M)
+    assert pins == f"{cfg['requirements']} {cfg['dev_requirements']}".split()
+    dry = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *pins], capture_output=True, text=True)
+    assert dry.returncode == 0 and "Would install" not in dry.stdout, dry.stdout + dry.stderr
+
+
+layers = {  # module: what it may import, as shared/design.md draws it
+    "data": set(), "backbone": {"data"}, "head": set(), "robustness": set(), "pareto": set(), "store": set(),
+    "evolution": {"head", "robustness", "pareto", "store"}, "explain": {"backbone", "head"}, "ensemble": {"head", "robustness"},
+    "baselines": {"head", "robustness"},
+    "study": {"data", "backbone", "head", "robustness", "pareto", "store", "evolution", "explain", "ensemble", "baselines"},
+}
+
+
+def imported(path):
+    "The modules of the package that a file imports."
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "moevo_nb": yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moevo_nb."): yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import): yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("moevo_nb."))
+
+
+@pytest.mark.parametrize("module", modules, ids=lambda p: p.stem)
+def test_layers(module):
+    assert set(imported(module)) <= layers[module.stem]
+
+
+@pytest.mark.parametrize("name", cells)
+def test_a_notebook_keeps_no_error_and_no_path_of_a_machine(name):
+    text = json.dumps([c.get("outputs", []) for c in cells[name]] + [c["source"] for c in cells[name]])
+    assert '"output_type": "error"' not in text and not re.search(r"(?<![\w.])/(home|root|tmp|Users|work)/", text)
+
+
+@pytest.mark.parametrize("name", ["experiment", "paper", "benchmark"])
+def test_templates_have_one_parameters_cell_and_no_outputs(name):
+    tagged = [c for c in cells[name] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1 and not any(c.get("outputs") for c in cells[name])
+    lines = "".join(tagged[0]["source"]).splitlines()
+    assert all(re.fullmatch(r"\w+ = .+  # .+", line) for line in lines)
+
+
+def test_the_experiment_declares_the_parameters_that_are_checked():
+    from moevo_nb.study import parameters, problems
+    cell, = [c for c in cells["experiment"] if "parameters" in c["metadata"].get("tags", [])]
+    given = {}
+    exec("".join(cell["source"]), given)
+    del given["__builtins__"]
+    assert list(given) == list(parameters) and not problems(given)
+
+
+def test_what_is_public_is_documented():
+    "Every public function and class has a docstring, every parameter of those with more than three a comment beside it."
+    for module in modules:
+        for node in ast.parse(module.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and len(node.body) > 3:
+                assert ast.get_docstring(node), f"{module.name}: {node.name} has no docstring"
