@@ -66,6 +66,7 @@ class FeatureMap(nn.Module):
         self.model = model
 
     def forward(self, x):
+        "The map, by the way of whichever library built the model."
         m = self.model
         if hasattr(m, "forward_features"): return m.forward_features(x)
         if hasattr(m, "layer4"): return m.layer4(m.layer3(m.layer2(m.layer1(m.maxpool(m.relu(m.bn1(m.conv1(x))))))))
@@ -160,6 +161,7 @@ def load_backbone(
 
 # %% ../nbs/01_backbone.ipynb #cell25
 def extract_chunk(source, images, indices, size, maps):
+    "What one process does with one chunk."
     torch.set_num_threads(1)
     backbone = load_backbone(*source)
     return (backbone.feature_maps if maps else backbone)(images.pixels(indices, size))
@@ -199,6 +201,7 @@ def read_array(file):
     warnings.warn(f"the cache file {file.name} is damaged and is computed again")
 
 def write_array(file, array):
+    "An array with its sha256, whole or not there."
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     save_file({"array": array}, partial, metadata={"sha256": array_hash(array)})
