@@ -37,7 +37,8 @@ def declare_torchvision_operators():
     except OSError:
         for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-            torch.library.define(f"torchvision::{schema.split('(')[0]}", schema[schema.index("("):])
+            name, rest = schema.split("(", 1)
+            if not hasattr(torch.ops.torchvision, name): torch.library.define(f"torchvision::{name}", "(" + rest)
 
 declare_torchvision_operators()
 

@@ -291,4 +291,4 @@ def fit_heads(
         heads = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
             joblib.delayed(fit_fold)(k, mask, train, features, labels, n_classes, training, encoding, seed)
             for k, mask in enumerate(masks) for train in folds)
-    for _ in masks: yield [next(heads) for _ in folds]
+    yield from map(list, zip(*[heads] * len(folds)))   # as many at a time as there are folds

@@ -8,6 +8,7 @@ import numpy as np
 
 from moevo_nb.backbone import extract
 from moevo_nb.data import load
+from moevo_nb.head import fit_heads
 
 search = """
 import sys
@@ -44,3 +45,12 @@ def test_features_do_not_depend_on_the_number_of_processes():
     flowers, some = load("flowers"), np.arange(40)
     one, two = (extract(flowers, some, ("efficientnet_lite0", "", "cpu"), 64, n_jobs=n) for n in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+def test_heads_do_not_depend_on_the_number_of_processes():
+    rng = np.random.default_rng(0)
+    x, y = np.maximum(rng.normal(0, 1, (90, 40)), 0).astype(np.float32), np.arange(90) % 3
+    masks, folds = rng.random((5, 40)) < np.linspace(0, 1, 5)[:, None], [np.arange(60), np.arange(30, 90)]
+    for one, two in zip(fit_heads(x, y, masks, 3, folds), fit_heads(x, y, masks, 3, folds, n_jobs=2), strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert all((getattr(a, k) == getattr(b, k)).all() for k in ("inputs", "hidden", "output", "bias", "losses"))
