@@ -9,15 +9,15 @@ __all__ = ['schedules', 'neuron_magnitudes', 'magnitude_masks', 'MagnitudePrunin
 import numpy as np
 import torch
 
-from .head import Head, fit_plain, n_neurons, presets
+from .head import Head, fit_plain, presets
 
 # %% ../nbs/09_baselines.ipynb #cell6
 def neuron_magnitudes(
     head:Head,          # trained without a mask
     encoding:str = "features",
 ) -> np.ndarray:        # (n_neurons,)
-    "Norm of the hidden weights that belong to each neuron."
-    return np.linalg.norm(head.hidden, axis=1 if encoding == "features" else 0)
+    "Norm of the first layer's weights that belong to each neuron."
+    return np.linalg.norm(head.weights[0], axis=1 if encoding == "features" else 0)
 
 def magnitude_masks(
     head:Head,               # trained without a mask
@@ -44,7 +44,9 @@ class MagnitudePruning:
         self.sparsity, self.share, self.n_steps, self.every = 1 - active_fraction, schedules[schedule], n_steps, every
 
     @torch.no_grad()
-    def __call__(self, step, hidden, output):
+    def __call__(self, step, model):
+        "Zero what is to go of the first layer's weights."
+        hidden = model.layers[0]
         if (step - 1) % self.every == 0:
             dropped = round(self.sparsity * self.share(step / self.n_steps) * hidden.weight.numel())
             order = hidden.weight.abs().flatten().argsort(stable=True)
@@ -67,5 +69,5 @@ def fit_pruned(
     n_steps = training["epochs"] * -(-len(features) // training["batch_size"])
     training = dict(training, min_delta=-np.inf)   # every epoch counts as the best so far: no stop, and the last one's weights
     pruning = MagnitudePruning(active_fraction, schedule, n_steps)
-    everything = np.ones(n_neurons(features.shape[1]), bool)
+    everything = np.ones(features.shape[1], bool)
     return fit_plain(features, labels, everything, n_classes, training, seed=seed, after_step=pruning)

@@ -45,23 +45,24 @@ class Problem:
     preset:str = "paper"     # of `head.presets`
     encoding:str = "features"   # of `head.encodings`
     seed:int = 0             # of the heads' start and batches
+    device:str = "cpu"       # where heads are trained, as torch names it
 
     @property
     def n_classes(self): return int(self.labels.max()) + 1
 
     @property
-    def n_neurons(self): return head.n_neurons(self.features.shape[1], self.encoding)
+    def n_neurons(self): return head.n_neurons(self.features.shape[1], self.n_classes, self.encoding)
 
     def definition(self):
         "What an evaluation's value depends on, as JSON can write it."
         return dict(data=array_digest(self.features, self.labels), folds=[array_digest(*fold) for fold in self.folds],
                     ood=[array_digest(o) for o in self.ood], detector=self.detector, training=head.presets[self.preset],
-                    encoding=self.encoding, seed=self.seed, solver=solver_version)
+                    encoding=self.encoding, seed=self.seed, solver=[solver_version, self.device.split(":")[0]])
 
     def fit(self, masks, n_jobs=1):
         "Yields, for each mask, its heads: one a fold."
         return head.fit_heads(self.features, self.labels, masks, self.n_classes, [train for train, _ in self.folds],
-                              head.presets[self.preset], self.encoding, self.seed, n_jobs)
+                              head.presets[self.preset], self.encoding, self.seed, n_jobs, self.device)
 
 # %% ../nbs/06_evolution.ipynb #cell10
 def fold_logits(
