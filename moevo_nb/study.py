@@ -33,15 +33,15 @@ anything = (lambda v: True), ""
 
 parameters = {
     # name: (type, (check, what is accepted), meaning)
-    "dataset":      (str, anything, "rendered set, folder under MOEVO_DATA, or path of a folder of class folders"),
-    "ood":          (str, anything, "sets of foreign images, separated by commas; '': the rendered ones"),
-    "backbone":     (str, one_of(*backbone.backbones), "frozen network that turns images into features"),
-    "weights":      (str, anything, "local weights file (.pth, .safetensors); '': the backbone's own"),
+    "dataset":      (str, anything, "rendered or registered set, folder under MOEVO_DATA, or path of a folder of class folders"),
+    "ood":          (str, anything, "sets of foreign images, separated by commas; '': the others at hand, or the rendered ones"),
+    "backbone":     (str, anything, "frozen network that turns images into features; also torchvision:NAME or timm:NAME"),
+    "weights":      (str, anything, "local weights file (.pth, .safetensors); '': the backbone's own; 'none': random"),
     "image_size":   (int, ((lambda v: v == 0 or v >= 32), "0 or at least 32"), "pixels; 0: the data set's own"),
     "encoding":     (str, only("features"), "what a mask switches"),
     "detector":     (str, one_of(*robustness.detectors), "score that tells foreign images apart"),
     "protocol":     (str, only("paper"), "search and report on the same evaluation images"),
-    "folds":        (int, ((lambda v: v == 0 or v >= 2), "0 or at least 2"), "0: the set's split or a hold-out; else folds"),
+    "folds":        (int, at_least(0), "0: as the set is registered; 1: its split or a hold-out; 2 or more: folds"),
     "preset":       (str, one_of(*head.presets), "training of the heads in the search; what is reported comes from paper"),
     "search":       (str, only("paper"), "how the search starts and varies masks"),
     "algorithm":    (str, one_of(*evolution.algorithms), "the search"),
@@ -54,7 +54,7 @@ parameters = {
     "device":       (str, one_of("cpu", "cuda", "mps"), "where backbone and heads are computed"),
     "scheduler":    (str, only(""), "cluster to send the trainings to"),
     "resume":       (str, only("auto"), "go on from what the store knows"),
-    "on_bad":       (str, only("error"), "what to do about unusable images"),
+    "on_bad":       (str, one_of("error", "skip"), "what to do about unusable images"),
     "show_images":  (bool, anything, "False keeps pictures of the data set out of the notebook"),
     "out_dir":      (str, anything, "folder for the results; '': runs/<dataset>"),
 }

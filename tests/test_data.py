@@ -1,0 +1,306 @@
+"Downloads from a local server, folders as users have them, and registered sets."
+import functools
+import hashlib
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevo_nb import registry
+from moevo_nb.data import folder_set, foreign_sets, load, locate, ood_mixture, ood_names, splits
+from moevo_nb.registry import class_files, download, fetch, unpack
+
+
+def picture(seed, size=8):
+    "The bytes of a small JPEG."
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def fill(folder, classes, each, first=0):
+    "A folder of class folders."
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(each): (folder / name / f"{i}.jpg").write_bytes(picture(first + 100 * k + i))
+
+
+def packed(path, content):
+    "An archive with this content, name -> bytes."
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as z:
+            for name, data in content.items(): z.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz") as t:
+            for name, data in content.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                t.addfile(info, io.BytesIO(data))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    "Address and folder of a file server on this machine."
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+        def end_headers(self):
+            if "cut" in self.path: self.close_connection = True
+            super().end_headers()
+
+        def copyfile(self, source, out):
+            out.write(source.read(50)) if "cut" in self.path else super().copyfile(source, out)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}", folder
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEVO_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def toy(monkeypatch, url, sha256, images=(12, 4), **archive):
+    "A registered set `toy` with an archive."
+    parts = {"train": "toy-main/Train", "test": "toy-main/Test"}
+    monkeypatch.setitem(registry.registered, "toy", {**registry.registered["rps"], "classes": 2, "images": images, "image_size": 16})
+    monkeypatch.setitem(registry.archives, "toy", [dict(url=url, sha256=sha256, parts=parts, without=("rare",), **archive)])
+
+
+def toy_content(n=6):
+    return ({f"toy-main/Train/{c}/{i}.jpg": picture(10 * k + i) for k, c in enumerate(("Left hand", "right", "rare")) for i in range(n)}
+            | {f"toy-main/Test/{c}/{i}.jpg": picture(100 + 10 * k + i) for k, c in enumerate(("Left hand", "right")) for i in range(2)})
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_a_missing_set_is_fetched_unpacked_and_whole(server, home, monkeypatch, suffix):
+    url, folder = server
+    toy(monkeypatch, f"{url}/toy.{suffix}", packed(folder / f"toy.{suffix}", toy_content()))
+    assert locate("toy") == home / "toy"
+    images = load("toy")
+    assert images.classes == ("left_hand", "right") and images.test.sum() == 4 and len(images) == 16 and images.image_size == 16
+    shutil.rmtree(folder)
+    assert load("toy").manifest == images.manifest                            # it is there, and not fetched again
+    assert [p.name for p in home.iterdir()] == ["toy"]                        # nothing else is left behind
+
+
+@pytest.mark.parametrize("trouble, said", [("checksum", "sha256"), ("cut", "expected"), ("gone", "404"), ("changed", "has changed"),
+                                            ("nothing", "holds no folder")])
+def test_a_bad_download_leaves_nothing(server, home, monkeypatch, trouble, said):
+    url, folder = server
+    content = {"other/1.jpg": b"1"} if trouble == "nothing" else toy_content(5 if trouble == "changed" else 6)
+    found = packed(folder / ("cut.zip" if trouble == "cut" else "toy.zip"), content)
+    toy(monkeypatch, f"{url}/{'cut' if trouble == 'cut' else 'gone' if trouble == 'gone' else 'toy'}.zip", "0" * 64 if trouble == "checksum" else found)
+    with pytest.raises((ValueError, OSError), match=said): load("toy")
+    assert list(home.iterdir()) == []
+
+
+def test_an_unknown_checksum_is_recorded_and_then_kept_to(server, home, monkeypatch):
+    url, folder = server
+    toy(monkeypatch, f"{url}/toy.zip", "")
+    first = packed(folder / "toy.zip", toy_content())
+    fetch("toy")
+    assert (home / ".toy-0.sha256").read_text() == first
+    shutil.rmtree(home / "toy")
+    packed(folder / "toy.zip", toy_content() | {"toy-main/README": b"new"})
+    with pytest.raises(ValueError, match=first): fetch("toy")
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/tmp/moevo-outside.jpg", "a/../../outside.jpg"])
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_an_archive_that_would_write_outside_is_refused(tmp_path, name, suffix):
+    packed(tmp_path / f"evil.{suffix}", {"a/1.jpg": b"1", name: b"2"})
+    with pytest.raises(ValueError, match="outside"): unpack(tmp_path / f"evil.{suffix}", tmp_path / "into")
+    assert not (tmp_path / "outside.jpg").exists()
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_a_truncated_archive_is_refused(tmp_path, suffix):
+    packed(tmp_path / f"whole.{suffix}", {f"{i}.jpg": picture(i) for i in range(20)})
+    cut = tmp_path / f"cut.{suffix}"
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    cut.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"): unpack(cut, tmp_path / "into")
+
+
+def test_a_link_out_of_a_tar_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "link.tar.gz", "w:gz") as t:
+        info = tarfile.TarInfo("a")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc"
+        t.addfile(info)
+    with pytest.raises(ValueError, match="unsafe"): unpack(tmp_path / "link.tar.gz", tmp_path / "into")
+
+
+def test_a_half_extracted_set_is_noticed(home, monkeypatch):
+    toy(monkeypatch, "http://127.0.0.1:9/none", "")
+    fill(home / "toy" / "train", "ab", 6)
+    fill(home / "toy" / "test", "ab", 2, first=50)
+    assert len(load("toy")) == 16
+    (home / "toy" / "train" / "a" / "3.jpg").unlink()
+    with pytest.raises(ValueError, match="train 11 files in 2 classes.*expected are train 12"): load("toy")
+    assert len(folder_set(home / "toy")) == 15                                # a folder by its path is taken as it is
+
+
+def test_dtd_comes_through_torchvision(server, home, monkeypatch):
+    url, folder = server
+    registry.declare_torchvision_operators()
+    import torchvision
+    content = {f"dtd/images/{c}/{c}_{i}.jpg": picture(10 * k + i) for k, c in enumerate(("banded", "dotted")) for i in range(6)}
+    for k, part in enumerate(("train", "val", "test")):
+        content[f"dtd/labels/{part}1.txt"] = "".join(f"{c}/{c}_{i}.jpg\n" for c in ("banded", "dotted") for i in (2 * k, 2 * k + 1)).encode()
+    packed(folder / "dtd.tar.gz", content)
+    monkeypatch.setattr(torchvision.datasets.DTD, "_URL", f"{url}/dtd.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", hashlib.md5((folder / "dtd.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setitem(registry.registered, "dtd", registry.registered["dtd"] | dict(classes=2, images=(8, 4)))
+    images = load("dtd")
+    assert images.classes == ("banded", "dotted") and images.test.tolist() == [False] * 8 + [True] * 4
+    assert {p.name for p in home.iterdir()} == {"dtd"}
+
+
+def test_flowers102_comes_through_torchvision(server, home, monkeypatch):
+    from scipy.io import savemat
+    url, folder = server
+    registry.declare_torchvision_operators()
+    import torchvision
+    packed(folder / "102flowers.tgz", {f"jpg/image_{i:05d}.jpg": picture(i) for i in range(1, 9)})
+    savemat(folder / "imagelabels.mat", {"labels": [1, 1, 1, 1, 2, 2, 2, 2]})
+    savemat(folder / "setid.mat", {"trnid": [1, 5], "valid": [2, 6], "tstid": [3, 4, 7, 8]})
+    md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    Flowers = torchvision.datasets.Flowers102
+    monkeypatch.setattr(Flowers, "_download_url_prefix", f"{url}/")
+    monkeypatch.setattr(Flowers, "_file_dict", {k: (name, md5[name]) for k, (name, _) in Flowers._file_dict.items()})
+    monkeypatch.setitem(registry.registered, "flowers102", registry.registered["flowers102"] | dict(classes=2, images=(4, 4)))
+    images = load("flowers102")
+    assert images.test.tolist() == [False] * 4 + [True] * 4 and images.labels.tolist() == [0, 0, 1, 1] * 2
+
+
+def test_a_set_that_cannot_be_fetched_says_where_it_is(home):
+    for name in ("srsmas", "cataract", "painting"):
+        row = registry.registered[name]
+        with pytest.raises(ValueError) as e: load(name)
+        assert row["source"] in str(e.value) and str(home / name) in str(e.value) and f"in {row['classes']} class folders" in str(e.value)
+    with pytest.raises(OSError, match="leaves.*cannot be.*lay it out as"):    # nothing can be reached in the tests
+        registry.archives["leaves"][0], kept = registry.archives["leaves"][0] | dict(url="http://127.0.0.1:9/x"), registry.archives["leaves"][0]
+        try: fetch("leaves")
+        finally: registry.archives["leaves"][0] = kept
+
+
+def test_every_entry_of_the_registry_is_complete():
+    for name, row in registry.registered.items():
+        assert set(row) == {"classes", "images", "image_size", "folds", "near", "citation", "licence", "source"}, name
+        assert row["folds"] in (0, 5) and (isinstance(row["images"], int) or row["folds"] == 0)
+    assert {n for n, row in registry.registered.items() if row["folds"]} >= {"leaves", "srsmas"}
+
+
+def test_all_that_is_wrong_is_said_at_once_and_skipped_on_request(tmp_path):
+    fill(tmp_path / "train", "ab", 3)
+    fill(tmp_path / "test", "ab", 2, first=50)
+    clean = folder_set(tmp_path)
+    a = tmp_path / "train" / "a"
+    (a / "empty.jpg").touch()
+    (a / "text.jpg").write_text("no image")
+    (a / "notes.txt").write_text("no image")
+    (a / "cut.jpg").write_bytes(picture(9, 64)[:900])
+    (a / "copy.jpg").write_bytes((tmp_path / "test/b/0.jpg").read_bytes())
+    (a / ".hidden").touch()
+    (a / "Thumbs.db").touch()
+    with pytest.raises(ValueError) as e: folder_set(tmp_path)
+    assert all(f"train/a/{name}: " in str(e.value) for name in ("empty.jpg", "text.jpg", "notes.txt", "cut.jpg", "copy.jpg"))
+    assert len(str(e.value).splitlines()) == 6 and "train/a/copy.jpg: the same image as test/b/0.jpg" in str(e.value)
+    skipping = folder_set(tmp_path, on_bad="skip")
+    assert skipping.skipped == 5 and clean.skipped == 0 and skipping.manifest == clean.manifest
+    np.testing.assert_array_equal(skipping.pixels(range(10), 8), clean.pixels(range(10), 8))
+    with pytest.raises(ValueError, match="'error' or 'skip'"): folder_set(tmp_path, on_bad="ignore")
+
+
+@pytest.mark.parametrize("layout, said", [
+    (dict(train="ab", test="a"), "train/b: this class is missing in test"), (dict(train="ab"), "train: this folder needs its counterpart"),
+    ({"": "a"}, "1 class folders, at least 2"), ({"": ""}, "0 class folders, at least 2")])
+def test_wrong_layouts_are_said_and_never_skipped(tmp_path, layout, said):
+    for part, classes in layout.items(): fill(tmp_path / part, classes, 5, first=ord(part[:1] or "a"))
+    for on_bad in ("error", "skip"):
+        with pytest.raises(ValueError, match=said): folder_set(tmp_path, on_bad=on_bad)
+
+
+def test_small_classes(tmp_path):
+    fill(tmp_path, "ab", 5)
+    assert [len(e) for _, e in splits(folder_set(tmp_path))] == [2]
+    (tmp_path / "a" / "0.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="a: 4 usable images, at least 5"): folder_set(tmp_path, on_bad="skip")
+    assert len(folder_set(tmp_path, on_bad="skip", least=1)) == 9             # enough for foreign images
+
+
+def test_many_problems_stay_readable(tmp_path):
+    fill(tmp_path, "ab", 5)
+    for i in range(200): (tmp_path / "a" / f"{i}.png").touch()
+    with pytest.raises(ValueError, match="and 150 more") as e: folder_set(tmp_path)
+    assert len(str(e.value).splitlines()) == 52
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tif", "webp", "ppm"])
+def test_formats(tmp_path, suffix):
+    Image.new("RGB", (4, 4), (200, 100, 50)).save(tmp_path / f"1.{suffix}")
+    from moevo_nb.data import read_image
+    np.testing.assert_allclose(read_image(tmp_path / f"1.{suffix}", 4)[0, 0], (200, 100, 50), atol=4)
+
+
+def test_a_cmyk_jpeg_and_a_grey_jpeg(tmp_path):
+    from moevo_nb.data import read_image
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=100)
+    np.testing.assert_allclose(read_image(tmp_path / "red.jpg", 8)[0, 0], (255, 0, 0), atol=3)
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.jpg", quality=100)
+    np.testing.assert_allclose(read_image(tmp_path / "grey.jpg", 8)[0, 0], (77, 77, 77), atol=1)
+
+
+def test_a_split_by_seed_is_stratified(tmp_path):
+    fill(tmp_path, "abc", 10)
+    images = folder_set(tmp_path)
+    (train, evaluate), = splits(images, seed=1)
+    assert np.bincount(images.labels[evaluate]).tolist() == [2, 2, 2] and not set(train) & set(evaluate)
+    assert (splits(images, seed=1)[0][1] == evaluate).all() and (splits(images, seed=2)[0][1] != evaluate).any()
+
+
+def test_foreign_sets_are_never_the_same_content(home, monkeypatch):
+    monkeypatch.setitem(registry.registered, "dtd10", registry.registered["dtd10"] | dict(classes=2, images=12))
+    fill(home / "dtd10", "ab", 6)
+    shutil.copytree(home / "dtd10", home / "mine")
+    (home / "link").symlink_to(home / "dtd10")
+    fill(home / "apple", "ab", 6, first=500)
+    monkeypatch.setitem(registry.registered, "apple", registry.registered["apple"] | dict(classes=2, images=12))
+    assert ood_names("mine") == ["dtd10", "apple"] and ood_names("link") == ["apple"]
+    assert [s.name for s in foreign_sets(load("mine"), "mine")] == ["apple"]
+    with pytest.raises(ValueError, match="share images with mine: {'dtd10': 12}"): foreign_sets(load("mine"), "mine", "apple,dtd10")
+    assert [len(m) for m in ood_mixture(foreign_sets(load("apple"), "apple"), 5)] == [5]
+
+
+def test_the_default_mixture_of_a_folder_without_others_is_rendered(home, tmp_path):
+    fill(tmp_path / "own", "ab", 5)
+    assert ood_names(str(tmp_path / "own")) == ["flowers", "foliage", "pebbles", "weaves"]
+    fill(tmp_path / "elsewhere", "c", 2, first=50)                            # one class, two images: enough to be foreign
+    own = load(str(tmp_path / "own"))
+    assert [s.name for s in foreign_sets(own, str(tmp_path / "own"), str(tmp_path / "elsewhere"))] == ["elsewhere"]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    fill(tmp_path, ["a", "b", ".ipynb_checkpoints"], 5)
+    assert list(class_files(tmp_path)[""]) == ["a", "b"]
+
+
+def test_a_file_that_is_shorter_than_announced_is_not_kept(server, tmp_path):
+    url, folder = server
+    (folder / "cut.bin").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="50 bytes.* 1000 bytes"): download(f"{url}/cut.bin", tmp_path / "file")
+    assert not (tmp_path / "file").exists() and not (tmp_path / "file.partial").exists()
