@@ -140,7 +140,7 @@ class PlainHead(nn.Module):
     def __init__(self, weights, holes, dtype):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(*w.shape, bias=w is weights[-1], dtype=dtype) for w in weights)
-        self.holes = holes and [torch.from_numpy(m.T.copy()) for m in holes]
+        self.holes = holes and nn.ParameterList(nn.Parameter(torch.from_numpy(m.T.copy()), requires_grad=False) for m in holes)
         with torch.no_grad():
             for layer, w in zip(self.layers, weights): layer.weight.copy_(torch.from_numpy(w.T))
             self.layers[-1].bias.zero_()
@@ -154,7 +154,9 @@ class PlainHead(nn.Module):
         for w in hidden: x = torch.relu(x @ w.T)
         return x @ last.T + self.layers[-1].bias
 
-    def copy(self): return [w.detach().numpy().T.copy() for w in self.weights()], self.layers[-1].bias.detach().numpy().copy()
+    def copy(self):
+        "Weights and bias as they are now, as arrays."
+        return [w.detach().cpu().numpy().T.copy() for w in self.weights()], self.layers[-1].bias.detach().cpu().numpy().copy()
 
 # %% ../nbs/02_head.ipynb #cell24
 def fit_plain(
@@ -166,13 +168,15 @@ def fit_plain(
     encoding:str = "features",
     seed:int = 0,                      # of the start and of the batches
     dtype:torch.dtype = torch.float32,
+    device:str = "cpu",                # as torch names it
     after_step:Callable|None = None,   # called with (step, `PlainHead`) after every update
 ) -> Head:
     "Train one head by the plain loop: autograd, `nn.Linear`, `torch.optim.SGD(nesterov=True)`."
     inputs, weights, holes = masked_start(mask, features.shape[1], n_classes, encoding, seed)
-    model = PlainHead(weights, holes, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), training["learning_rate"], training["momentum"], nesterov=True)
-    x, y, step, began = torch.tensor(features[:, inputs], dtype=dtype), torch.tensor(labels), 0, perf_counter()
+    model = PlainHead(weights, holes, dtype).to(device)
+    optimizer = torch.optim.SGD(model.layers.parameters(), training["learning_rate"], training["momentum"], nesterov=True)
+    x, y = torch.tensor(features[:, inputs], dtype=dtype, device=device), torch.tensor(labels, device=device)
+    step, began = 0, perf_counter()
     stop = EarlyStopping(training["patience"], training["min_delta"])
     for batches in epoch_batches(len(x), training["epochs"], training["batch_size"], seed):
         total = 0.0
