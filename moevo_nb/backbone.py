@@ -330,7 +330,7 @@ def cached_features(
     indices, size, row = np.arange(len(images)) if indices is None else np.asarray(indices), size or images.image_size, described(name)
     wanted = indices if maps else np.arange(len(images))
     key = digest(images.manifest, row["library"].__name__, row["model"], weights_hash(name, weights), row["mean"], row["std"],
-                 size, wanted.tolist(), maps, torch.__version__)
+                 size, wanted.tolist(), maps, device.split(":")[0], row["library"].__version__, torch.__version__)
     kind = "maps" if maps else "features"
     file = cache_folder() / "features" / f"{images.name}-{name.replace(':', '-')}-{kind}-{key[:16]}.safetensors"
     with only_one(file):

@@ -47,7 +47,7 @@ class MagnitudePruning:
     def __call__(self, step, model):
         "Zero what is to go of the first layer's weights."
         hidden = model.layers[0]
-        if (step - 1) % self.every == 0:
+        if (step - 1) % self.every == 0 or step == -(-2 * self.n_steps // 3):   # and at the end of the ramp
             dropped = round(self.sparsity * self.share(step / self.n_steps) * hidden.weight.numel())
             order = hidden.weight.abs().flatten().argsort(stable=True)
             self.kept = torch.ones_like(hidden.weight).flatten().index_fill_(0, order[:dropped], 0).view_as(hidden.weight)

@@ -195,6 +195,7 @@ def note_runs(
 ) -> list:   # the runs' names in the store
     "Write down in the store what finished runs asked for."
     names = [f"{evaluator.key[:16]}: {s.name}, {sum(map(len, s.masks))} evaluations" for s in searches]
-    for name, search in zip(names, searches):
-        for i, mask in enumerate(search.history()[0]): evaluator.store.ask(name, i, evaluator.key, mask)
+    with evaluator.store.transaction():
+        for name, search in zip(names, searches):
+            for i, mask in enumerate(search.history()[0]): evaluator.store.ask(name, i, evaluator.key, mask)
     return names

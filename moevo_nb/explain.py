@@ -55,6 +55,7 @@ def plot_neuron_frequency(
     neurons, rows = top_neurons(masks, k), np.arange(k)
     fig, axes = plt.subplots(1, 4, sharey=True, figsize=(7.2, 0.8 + 0.21 * k), layout="constrained")
     axes[0].barh(rows, neuron_frequency(masks)[neurons], height=0.65)
+    axes[0].axvline(np.mean(masks), color="0.4", linewidth=1, linestyle=":", zorder=3)   # by chance alone
     axes[0].set(yticks=rows, yticklabels=neurons, ylabel="neuron", xlabel=f"share of {len(masks)} members",
                 xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(k - 0.5, -0.5))
     for ax, column in zip(axes[1:], columns):
@@ -64,7 +65,7 @@ def plot_neuron_frequency(
                    medianprops={"color": "C3", "linewidth": 1.6}, flierprops={"markersize": 3})
         median = ax.axvline(np.median(values), color="0.4", linewidth=1, linestyle="--", zorder=3)
         ax.set_xlabel(column.replace("_", " ").replace("auroc", "AUROC"))
-    fig.legend([median], ["median of the front"], loc="outside upper right")
+    fig.legend([axes[0].lines[0], median], ["mean active fraction", "median of the front"], loc="outside upper right", ncols=2)
     return fig
 
 # %% ../nbs/07_explain.ipynb #cell14

@@ -6,7 +6,7 @@
 __all__ = ['presets', 'n_units', 'encodings', 'epoch_batches', 'n_neurons', 'initial_weights', 'check_mask', 'masked_start',
            'Head', 'EarlyStopping', 'PlainHead', 'fit_plain', 'WeightLayer', 'PrimalLayer', 'DualLayer',
            'cross_entropy', 'train_step', 'train_layers', 'numeric_libraries', 'fit_head', 'stacked_start',
-           'stacked_gradients', 'Stack', 'fit_stacked', 'stacked_head', 'fit_fold', 'stack_size', 'fit_heads']
+           'stacked_gradients', 'Stack', 'named', 'fit_stacked', 'stacked_head', 'fit_fold', 'stack_size', 'fit_heads']
 
 # %% ../nbs/02_head.ipynb #cell3
 from collections.abc import Callable
@@ -43,13 +43,14 @@ def epoch_batches(
 
 # %% ../nbs/02_head.ipynb #cell10
 encodings = {
-    # encoding: (hidden layers, length of a mask given the numbers of features and of classes)
-    "features":          (1, lambda d, c: d),
-    "units":             (1, lambda d, c: n_units),
-    "two_layers_first":  (2, lambda d, c: n_units),
-    "two_layers_second": (2, lambda d, c: n_units),
-    "two_layers_both":   (2, lambda d, c: 2 * n_units),
-    "connections":       (1, lambda d, c: (d + c) * n_units),
+    # encoding: (hidden layers, length of a mask given the numbers of features and of classes, what it masks:
+    #            0 the inputs, 1 and 2 the units of the first and second hidden layer)
+    "features":          (1, lambda d, c: d, (0,)),
+    "units":             (1, lambda d, c: n_units, (1,)),
+    "two_layers_first":  (2, lambda d, c: n_units, (1,)),
+    "two_layers_second": (2, lambda d, c: n_units, (2,)),
+    "two_layers_both":   (2, lambda d, c: 2 * n_units, (1, 2)),
+    "connections":       (1, lambda d, c: (d + c) * n_units, ()),
 }
 
 def n_neurons(
@@ -95,7 +96,7 @@ def masked_start(
     if encoding == "connections":
         holes = [m.reshape(w.shape) for m, w in zip(np.split(mask, [n_features * n_units]), weights)]
         return kept[0], [w * m for w, m in zip(weights, holes)], holes
-    masked = dict(features=[0], units=[1], two_layers_first=[1], two_layers_second=[2], two_layers_both=[1, 2])[encoding]
+    masked = encodings[encoding][2]
     for layer, part in zip(masked, np.split(mask, len(masked))): kept[layer] = np.flatnonzero(part)
     return kept[0], [np.ascontiguousarray(w[np.ix_(rows, columns)]) for w, rows, columns in zip(weights, kept, kept[1:])], None
 
@@ -207,6 +208,7 @@ class WeightLayer:
         "One Nesterov step, given the gradient by the last pre-activations."
         if not self.w.size: return   # BLAS refuses empty arrays
         self.s *= momentum
+        if self.s < 1e-20: self.settle()
         np.matmul(self.x.T, grad, out=self.g)
         if self.hole is not None: self.g *= self.hole
         u, g, w = self.u.ravel(), self.g.ravel(), self.w.ravel()
@@ -249,6 +251,7 @@ class DualLayer:
         "One Nesterov step, given the gradient by the last pre-activations."
         if not self.a.size: return
         self.s *= momentum
+        if self.s < 1e-20: self.settle()
         self.u[self.batch] += grad * np.float32(1 / self.s)
         self.a[self.batch] -= np.float32(rate) * grad
         blas.saxpy(self.u.ravel(), self.a.ravel(), a=-rate * momentum * self.s)
@@ -332,7 +335,7 @@ def fit_head(
         weights = [layer.weights(state) for layer, state in zip(layers, states)]
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
-# %% ../nbs/02_head.ipynb #cell44
+# %% ../nbs/02_head.ipynb #cell46
 def stacked_start(masks, n_features, n_classes, encoding, seed, device):
     "Weights of each layer, (n_heads, n_in, n_out), and factors that keep what is masked at zero (broadcast, or None)."
     weights = initial_weights(n_features, n_classes, encodings[encoding][0], seed)
@@ -340,8 +343,8 @@ def stacked_start(masks, n_features, n_classes, encoding, seed, device):
     if encoding == "features": keep[0] = m[:, :, None]
     elif encoding == "connections": keep = [part.reshape(len(m), *w.shape) for part, w in zip(m.split([w.size for w in weights], 1), weights)]
     else:
-        layers = dict(units=[0], two_layers_first=[0], two_layers_second=[1], two_layers_both=[0, 1])[encoding]
-        for layer, part in zip(layers, m.chunk(len(layers), 1)): keep[layer] = part[:, None, :]
+        layers = encodings[encoding][2]
+        for layer, part in zip(layers, m.chunk(len(layers), 1)): keep[layer - 1] = part[:, None, :]
     weights = [torch.tensor(w, device=device).repeat(len(m), 1, 1) for w in weights]
     return [w if k is None else w * k for w, k in zip(weights, keep)], keep
 
@@ -357,7 +360,7 @@ def stacked_gradients(x, one_hot, weights, bias):
         if h is not x: grad = (grad @ w.transpose(-1, -2)) * (h > 0)
     return -(log_p * one_hot).sum((1, 2)) / len(x), gradients[::-1], g_bias
 
-# %% ../nbs/02_head.ipynb #cell45
+# %% ../nbs/02_head.ipynb #cell47
 class Stack:
     "Heads in training, stacked: parameters, velocities, what masks keep, and which heads they are."
     def __init__(self, masks, n_features, n_classes, encoding, seed, device):
@@ -381,7 +384,13 @@ class Stack:
         self.parameters, self.velocities = ([t[rest] for t in ts] for ts in (self.parameters, self.velocities))
         self.keep, self.which = [k if k is None else k[rest] for k in self.keep], self.which[~stopped]
 
-# %% ../nbs/02_head.ipynb #cell46
+# %% ../nbs/02_head.ipynb #cell48
+def named(k, mask, function, *args):
+    "`function(*args)`, where a divergence names the mask."
+    try: return function(*args)
+    except FloatingPointError as e:
+        raise FloatingPointError(f"mask {k} ({int(mask.sum())} active neurons, {np.packbits(mask).tobytes().hex()[:16]}…): {e}") from None
+
 def fit_stacked(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -402,37 +411,34 @@ def fit_stacked(
             rate, batch = training["learning_rate"] / (1 + training["decay"] * step), torch.as_tensor(batch, device=device)
             totals, step = totals + stack.step(x[batch], one_hot[batch], rate, training["momentum"]) * len(batch), step + 1
         losses = (totals / len(x)).tolist()
-        stopped = np.array([stops[h](losses[i], lambda: [p[i].clone() for p in stack.parameters]) for i, h in enumerate(stack.which)])
+        stopped = np.array([named(h, masks[h], stops[h], losses[i], lambda: [p[i].clone() for p in stack.parameters])
+                            for i, h in enumerate(stack.which)])
         if stopped.any(): stack.leave(stopped)
         if not len(stack.which): break
     share = (perf_counter() - began) / max(1, len(masks))
-    return [stacked_head(mask, stop, features.shape[1], n_classes, encoding, share) for mask, stop in zip(masks, stops)]
+    return [stacked_head(mask, stop, features.shape[1], encoding, share) for mask, stop in zip(masks, stops)]
 
-def stacked_head(mask, stop, n_features, n_classes, encoding, seconds):
+def stacked_head(mask, stop, n_features, encoding, seconds):
     "One head out of the stack, cut down to what its mask leaves."
     *weights, bias = (p.cpu().numpy() for p in stop.best)
-    inputs, small, _ = masked_start(mask, n_features, n_classes, encoding)
-    if encoding == "features": weights[0] = weights[0][inputs]
-    elif encoding != "connections":
-        masked = dict(units=[0], two_layers_first=[0], two_layers_second=[1], two_layers_both=[0, 1])[encoding]
-        for layer, part in zip(masked, np.split(mask, len(masked))):
-            weights[layer], weights[layer + 1] = weights[layer][:, part], weights[layer + 1][part]
+    masked, inputs = encodings[encoding][2], np.flatnonzero(mask) if encoding == "features" else np.arange(n_features)
+    for layer, part in zip(masked, np.split(mask, len(masked)) if masked else ()):
+        weights[layer] = weights[layer][part]
+        if layer: weights[layer - 1] = weights[layer - 1][:, part]
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/02_head.ipynb #cell50
+# %% ../nbs/02_head.ipynb #cell52
 def fit_fold(k, mask, train, features, labels, *args):
-    "`fit_head` on some of the images, where a divergence names the mask."
-    try: return fit_head(features[train], labels[train], mask, *args)
-    except FloatingPointError as e:
-        raise FloatingPointError(f"mask {k} ({int(mask.sum())} active neurons, {np.packbits(mask).tobytes().hex()[:16]}…): {e}") from None
+    "`fit_head` on some of the images."
+    return named(k, mask, fit_head, features[train], labels[train], mask, *args)
 
 def stack_size(n_features, n_classes, encoding, device):
-    "How many heads fit on a device: weights, velocities, gradients, best weights and one product's result, in 60 % of what is free."
+    "How many heads fit into 60 % of what is free: weights, velocities, gradients, best weights, a product's result, and factors if full-size."
     weights = sum(w.size for w in initial_weights(n_features, n_classes, encodings[encoding][0]))
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 4 * 2**30
-    return max(1, int(0.6 * free / (5 * 4 * weights)))
+    return max(1, int(0.6 * free / ((6 if encoding == "connections" else 5) * 4 * weights)))
 
-# %% ../nbs/02_head.ipynb #cell51
+# %% ../nbs/02_head.ipynb #cell53
 def fit_heads(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)

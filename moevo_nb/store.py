@@ -9,6 +9,7 @@ __all__ = ['schema', 'columns', 'to_hex', 'from_hex', 'Store', 'copy_runs']
 import hashlib
 import json
 import sqlite3
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,17 @@ class Store:
         "What is known of a mask."
         found = self.db.execute(f"select {', '.join(columns)} from evaluations where key = ? and mask = ?", (key, to_hex(mask))).fetchone()
         return found and dict(zip(columns, found), folds=json.loads(found[3]))
+
+    @contextmanager
+    def transaction(self):
+        "Many writes, committed together or not at all."
+        self.db.execute("begin immediate")
+        try:
+            yield
+            self.db.execute("commit")
+        except BaseException:
+            self.db.execute("rollback")
+            raise
 
     def ask(self, run, evaluation, key, mask):
         "Note that a run asked for a mask as its so-many-th evaluation, counted from 0."

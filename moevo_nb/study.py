@@ -114,14 +114,14 @@ class Run:
         self,
         p:SimpleNamespace,   # the parameters
     ):
-        self.p, self.seconds, self.folder = p, {}, Path(p.out_dir or Path("runs", Path(p.dataset).name)).expanduser()
+        self.p, self.seconds, self.folder = p, {}, Path(p.out_dir or Path("runs", Path(p.dataset).expanduser().resolve().name)).expanduser()
         try:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "figures" / ".writable", "")
             (self.folder / "figures" / ".writable").unlink()
         except OSError as e:
             raise ValueError(f"out_dir {str(self.folder)!r} cannot be written ({e.strerror}): name a folder of your own.") from None
-        (self.folder / "result.json").unlink(missing_ok=True)
+        for old in (self.folder / "result.json", *self.folder.glob("*.csv"), *self.folder.glob("*.sqlite"), *self.folder.glob("figures/*.*")): old.unlink(missing_ok=True)
 
     @contextmanager
     def stage(self, name):

@@ -93,7 +93,7 @@ def test_a_notebook_keeps_no_error_and_no_path_of_a_machine(name):
     assert '"output_type": "error"' not in text and not re.search(r"(?<![\w.])/(home|root|tmp|Users|work)/", text)
 
 
-@pytest.mark.parametrize("name", ["experiment", "paper", "benchmark"])
+@pytest.mark.parametrize("name", ["experiment", "paper", "benchmark", "study_presets"])
 def test_templates_have_one_parameters_cell_and_no_outputs(name):
     tagged = [c for c in cells[name] if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1 and not any(c.get("outputs") for c in cells[name])
