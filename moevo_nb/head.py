@@ -391,6 +391,7 @@ def named(k, mask, function, *args):
     except FloatingPointError as e:
         raise FloatingPointError(f"mask {k} ({int(mask.sum())} active neurons, {np.packbits(mask).tobytes().hex()[:16]}…): {e}") from None
 
+# %% ../nbs/02_head.ipynb #cell49
 def fit_stacked(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -427,7 +428,7 @@ def stacked_head(mask, stop, n_features, encoding, seconds):
         if layer: weights[layer - 1] = weights[layer - 1][:, part]
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/02_head.ipynb #cell52
+# %% ../nbs/02_head.ipynb #cell53
 def fit_fold(k, mask, train, features, labels, *args):
     "`fit_head` on some of the images."
     return named(k, mask, fit_head, features[train], labels[train], mask, *args)
@@ -438,7 +439,7 @@ def stack_size(n_features, n_classes, encoding, device):
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 4 * 2**30
     return max(1, int(0.6 * free / ((6 if encoding == "connections" else 5) * 4 * weights)))
 
-# %% ../nbs/02_head.ipynb #cell53
+# %% ../nbs/02_head.ipynb #cell54
 def fit_heads(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
