@@ -230,9 +230,9 @@ class Backbone:
 
     def preprocess(self, pixels):
         "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2).float()   # in memory, channels last
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return x.sub_(mean).div_(std).to(memory_format=torch.channels_last)
+        return torch.addcmul(-mean / std, x, 1 / (255 * std))
 
     @torch.inference_mode()
     def __call__(self, pixels): return self.model(self.preprocess(pixels)).cpu().numpy()
