@@ -10,6 +10,7 @@ __all__ = ['presets', 'n_units', 'encodings', 'epoch_batches', 'n_neurons', 'ini
 
 # %% ../nbs/02_head.ipynb #cell3
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
@@ -429,8 +430,9 @@ def stacked_head(mask, stop, n_features, encoding, seconds):
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
 # %% ../nbs/02_head.ipynb #cell53
-def fit_fold(k, mask, train, features, labels, *args):
-    "`fit_head` on some of the images."
+def fit_fold(which, train, features, labels, *args):
+    "`fit_head` on some of the images; number and mask are a pair, for Dask would leave a bare array on one worker."
+    k, mask = which
     return named(k, mask, fit_head, features[train], labels[train], mask, *args)
 
 def stack_size(n_features, n_classes, encoding, device):
@@ -462,8 +464,9 @@ def fit_heads(
         for some in (masks[i:i + size] for i in range(0, len(masks), size)):
             yield from map(list, zip(*(fit_stacked(features[f], labels[f], some, n_classes, training, encoding, seed, device) for f in folds)))
         return
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        heads = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
-            joblib.delayed(fit_fold)(k, mask, train, features, labels, n_classes, training, encoding, seed)
-            for k, mask in enumerate(masks) for train in folds)
-    yield from map(list, zip(*[heads] * len(folds)))   # as many at a time as there are folds
+    heads = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(   # on what `joblib.parallel_config` says; else processes
+        joblib.delayed(fit_fold)((k, mask), train, features, labels, n_classes, training, encoding, seed)
+        for k, mask in enumerate(masks) for train in folds)
+    try: yield from map(list, zip(*[heads] * len(folds)))   # as many at a time as there are folds
+    except CancelledError:
+        raise RuntimeError("no worker is left to train heads: start some, and the same command goes on from here.") from None
