@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['solver_version', 'algorithms', 'array_digest', 'Problem', 'fold_logits', 'measure', 'Evaluator', 'initial_masks',
-           'operators', 'nsga2', 'Search', 'evolve', 'note_runs']
+           'operators', 'nsga2', 'Search', 'evolve', 'stoppable', 'run_names', 'pursue', 'reach', 'cluster']
 
 # %% ../nbs/06_evolution.ipynb #cell3
 import hashlib
+import signal
+import threading
 from collections.abc import Callable
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+import joblib
 import numpy as np
 import pandas as pd
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -23,7 +27,7 @@ from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 
 from . import head, robustness
 from .pareto import losses
-from .store import Store, to_hex
+from .store import Store, hold, software, to_hex, why_new
 
 # %% ../nbs/06_evolution.ipynb #cell6
 solver_version = 1   # raise it when the same inputs give other objectives
@@ -105,11 +109,20 @@ class Evaluator:
     ) -> pd.DataFrame:      # accuracy, active_fraction, auroc: a row a mask, in order
         "The objectives of masks."
         unknown = {to_hex(m): m for m in masks if self.store.find(self.key, m) is None}
-        for mask, heads in zip(unknown.values(), self.problem.fit(np.array([*unknown.values()], bool), self.n_jobs) if unknown else ()):
-            self.store.add(self.key, mask, measure(self.problem, mask, heads))
-            self.trained += 1
-            if self.progress: self.progress()
+        if unknown: self.train(np.array([*unknown.values()], bool))
         return pd.DataFrame([self.store.find(self.key, m) for m in masks])[["accuracy", "active_fraction", "auroc"]]
+
+    def train(self, masks):
+        "Train and measure masks, and commit each as it is finished."
+        with closing(self.rows(masks)) as rows:   # whatever ends this ends the trainings, too
+            for mask, row in zip(masks, rows):
+                self.store.add(self.key, mask, row)
+                self.trained += 1
+                if self.progress: self.progress()
+
+    def rows(self, masks):
+        "Yields what each mask is worth, in order."
+        for mask, heads in zip(masks, self.problem.fit(masks, self.n_jobs)): yield measure(self.problem, mask, heads)
 
 # %% ../nbs/06_evolution.ipynb #cell18
 def initial_masks(
@@ -178,10 +191,12 @@ def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
     on_step:Callable|None = None,   # called after each step with the searches
+    on_ask:Callable|None = None,    # called before a step is evaluated with the searches in it and the masks of each
 ) -> list:                          # (masks, table) of each run: everything it asked for, in order
     "Run searches to their end, in lock step."
     while busy := [s for s in searches if s.left]:
         asked = [s.ask() for s in busy]
+        if on_ask: on_ask(busy, asked)
         table, start = evaluate(np.concatenate(asked)), 0
         for search, masks in zip(busy, asked):
             search.tell(table.iloc[start:start + len(masks)].reset_index(drop=True))
@@ -189,13 +204,82 @@ def evolve(
         if on_step: on_step(searches)
     return [s.history() for s in searches]
 
-def note_runs(
+# %% ../nbs/06_evolution.ipynb #cell34
+@contextmanager
+def stoppable(
+    said:Callable,   # what to say on top of the signal's name
+):
+    "Turn SIGINT and SIGTERM into a `KeyboardInterrupt` that says how to go on."
+    received, before = [], {}
+    def restore():
+        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+    def stop(number, _):
+        received.append(signal.Signals(number).name)
+        restore()
+        raise KeyboardInterrupt
+    if threading.current_thread() is threading.main_thread():   # no other may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, stop)
+    try: yield
+    except BaseException:   # workers that get the signal as well may fail first
+        if received: raise KeyboardInterrupt(f"{received[0]}: {said()}") from None
+        raise
+    finally: restore()
+
+# %% ../nbs/06_evolution.ipynb #cell37
+def run_names(
     evaluator:Evaluator,
     searches:list,
-) -> list:   # the runs' names in the store
-    "Write down in the store what finished runs asked for."
-    names = [f"{evaluator.key[:16]}: {s.name}, {sum(map(len, s.masks))} evaluations" for s in searches]
-    with evaluator.store.transaction():
-        for name, search in zip(names, searches):
-            for i, mask in enumerate(search.history()[0]): evaluator.store.ask(name, i, evaluator.key, mask)
-    return names
+) -> list:                # in the store
+    "What runs are called."
+    return [f"{evaluator.key[:16]}: {s.name}" for s in searches]
+
+def pursue(
+    evaluator:Evaluator,
+    searches:list,
+    settings:dict|None = None,      # of the runs by name, for those who look for the difference
+    resume:str = "auto",            # "must": only if the store has finished evaluations of one of these runs
+    on_step:Callable|None = None,   # called after each step with the searches
+) -> list:                          # as `evolve` gives it
+    "Run searches to their end, so that they can be stopped at any moment and gone on with."
+    store, names, settings = evaluator.store, dict(zip(searches, run_names(evaluator, searches))), settings or {}
+    total = sum(s.left for s in searches)
+    if resume == "must" and all(store.history(name).empty for name in names.values()):
+        raise ValueError(f"there is nothing to resume: {why_new(store, evaluator.key, settings)}")
+    def note(busy, asked):
+        with store.transaction():
+            for s, masks in zip(busy, asked): store.ask(names[s], len(s.tables), sum(map(len, s.tables)), masks)
+    def how_far():
+        done = sum(min(len(store.history(name)), s.left + sum(map(len, s.tables))) for s, name in names.items())
+        return f"stopped after {done} of {total} evaluations; they are kept: the same command goes on from there"
+    with hold(store, sorted({*names.values()})), stoppable(how_far):
+        for name in names.values(): store.start(name, evaluator.key, settings)
+        return evolve(evaluator, searches, on_step, note)
+
+# %% ../nbs/06_evolution.ipynb #cell43
+def reach(
+    address:str,        # tcp://host:port or tls://host:port
+    timeout:float = 5,  # seconds
+):
+    "A client of the Dask scheduler at an address. Errors: Dask is not installed, nobody answers."
+    try: from distributed import Client
+    except ImportError: raise ValueError('a scheduler needs Dask: pip install "moevo_nb[cluster]"') from None
+    try: return Client(address, timeout=timeout, set_as_default=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"no Dask scheduler answers at {address!r} within {timeout} s ({e}): start one with `dask scheduler` "
+                         f"and workers with `dask worker {address} --nthreads 1`, or leave `scheduler` empty.") from None
+
+@contextmanager
+def cluster(
+    address:str,       # of the Dask scheduler; "": this machine
+    problem:Problem,   # its arrays are sent to each worker once
+):
+    "In force, heads are trained by the workers of a cluster. Errors: it cannot be reached, its workers have other versions."
+    if not address:
+        yield
+        return
+    with reach(address) as client:
+        for worker, theirs in client.run(software, on_error="return").items():
+            if theirs != software() and not isinstance(theirs, OSError):   # which is a worker that has just gone
+                raise ValueError(f"worker {worker} would compute something else: it has {theirs}, here is {software()}.")
+        arrays = [problem.features, problem.labels, *(train for train, _ in problem.folds)]
+        with joblib.parallel_config("dask", client=client, scatter=arrays): yield

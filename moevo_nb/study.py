@@ -52,8 +52,8 @@ parameters = {
     "seed":         (int, at_least(0), "of splits, foreign images, heads and search"),
     "n_jobs":       (int, at_least(0), "processes; 0: one for each core"),
     "device":       (str, one_of("cpu", "cuda", "mps"), "where backbone and heads are computed"),
-    "scheduler":    (str, only(""), "cluster to send the trainings to"),
-    "resume":       (str, only("auto"), "go on from what the store knows"),
+    "scheduler":    (str, ((lambda v: v[:6] in ("", "tcp://", "tls://")), "'' or tcp://host:port"), "Dask cluster for the heads"),
+    "resume":       (str, one_of("auto", "must"), "go on from what the store knows; must: fail if that is nothing"),
     "on_bad":       (str, one_of("error", "skip"), "what to do about unusable images"),
     "show_images":  (bool, anything, "False keeps pictures of the data set out of the notebook"),
     "out_dir":      (str, anything, "folder for the results; '': runs/<dataset>"),
@@ -88,6 +88,8 @@ def check_parameters(
     data.locate(p.dataset), data.ood_names(p.dataset, p.ood), backbone.weights_file(p.backbone, p.weights)
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not available[p.device]: raise ValueError(f"device {p.device!r} is not available on this machine: use 'cpu'.")
+    if p.scheduler and p.device != "cpu": raise ValueError(f"a cluster trains on CPUs: a scheduler needs device 'cpu', not {p.device!r}.")
+    if p.scheduler: evolution.reach(p.scheduler).close()
     return p
 
 # %% ../nbs/10_study.ipynb #cell11

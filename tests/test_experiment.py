@@ -28,8 +28,8 @@ def printed(notebook):
 def finished(tmp_path_factory, class_folders):
     "Two runs with the same parameters, each with an empty cache, and one more with the first one's cache."
     folders = [tmp_path_factory.mktemp(f"run{k}") for k in range(3)]
-    for folder, cache in zip(folders, (folders[0], folders[1], folders[0])):
-        done = papermill(folder, cache / "cache", dataset=class_folders, out_dir="results", **small)
+    for folder, cache, resume in zip(folders, (folders[0], folders[1], folders[0]), ("auto", "auto", "must")):
+        done = papermill(folder, cache / "cache", dataset=class_folders, out_dir="results", resume=resume, **small)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
@@ -59,6 +59,12 @@ def test_the_same_parameters_give_the_same_front(finished):
 def test_a_warm_cache_spares_the_backbone(finished):
     assert "through the backbone" in printed(finished[1] / "out.ipynb")
     assert "through the backbone" not in printed(finished[2] / "out.ipynb")
+
+
+def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
+    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, resume="must", **dict(small, pop_size=5))
+    assert done.returncode != 0 and "there is nothing to resume" in done.stderr and "- pop_size: 4 there, 5 asked for" in done.stderr
+    assert "- n_evals" not in done.stderr and "- seed" not in done.stderr
 
 
 @pytest.mark.parametrize("wrong, said", [
