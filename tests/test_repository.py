@@ -61,7 +61,7 @@ def test_ci_runs_the_command_of_the_readme():
 
 def test_environment_pins_what_settings_pins():
     pins = re.findall(r'^      - "(.+)"$', (root / "environment.yml").read_text(), re.M)
-    assert pins == f"{cfg['requirements']} {cfg['dev_requirements']}".split()
+    assert pins == f"{cfg['requirements']} {cfg['dev_requirements']}".split() and cfg["cluster_requirements"] in pins
     dry = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *pins], capture_output=True, text=True)
     assert dry.returncode == 0 and "Would install" not in dry.stdout, dry.stdout + dry.stderr
 
