@@ -281,5 +281,8 @@ def cluster(
         for worker, theirs in client.run(software, on_error="return").items():
             if theirs != software() and not isinstance(theirs, OSError):   # which is a worker that has just gone
                 raise ValueError(f"worker {worker} would compute something else: it has {theirs}, here is {software()}.")
+        client.amm.stop()   # it would take the arrays from all workers but one between two steps
         arrays = [problem.features, problem.labels, *(train for train, _ in problem.folds)]
-        with joblib.parallel_config("dask", client=client, scatter=arrays): yield
+        try:
+            with joblib.parallel_config("dask", client=client, scatter=arrays): yield
+        finally: client.amm.start()
