@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['presets', 'n_units', 'encodings', 'epoch_batches', 'n_neurons', 'initial_weights', 'check_mask', 'masked_start',
-           'Head', 'EarlyStopping', 'PlainHead', 'fit_plain', 'WeightLayer', 'PrimalLayer', 'DualLayer',
-           'cross_entropy', 'train_step', 'train_layers', 'numeric_libraries', 'fit_head', 'stacked_start',
-           'stacked_gradients', 'Stack', 'named', 'fit_stacked', 'stacked_head', 'fit_fold', 'stack_size', 'fit_heads']
+           'Head', 'EarlyStopping', 'PlainHead', 'fit_plain', 'product', 'WeightLayer', 'OutputLayer', 'PrimalLayer',
+           'DualLayer', 'cross_entropy', 'gradients', 'train_layers', 'numeric_libraries', 'build_layers', 'fit_head',
+           'stacked_start', 'stacked_gradients', 'Stack', 'named', 'fit_stacked', 'stacked_head', 'fit_fold',
+           'stack_size', 'fit_heads']
 
 # %% ../nbs/02_head.ipynb #cell3
 from collections.abc import Callable
@@ -29,7 +30,6 @@ presets = {
 }
 n_units = 512   # hidden units of the head
 
-# %% ../nbs/02_head.ipynb #cell7
 def epoch_batches(
     n_images:int,
     epochs:int,
@@ -42,7 +42,7 @@ def epoch_batches(
         order = rng.permutation(n_images)
         yield [order[i:i + batch_size] for i in range(0, n_images, batch_size)]
 
-# %% ../nbs/02_head.ipynb #cell10
+# %% ../nbs/02_head.ipynb #cell9
 encodings = {
     # encoding: (hidden layers, length of a mask given the numbers of features and of classes, what it masks:
     #            0 the inputs, 1 and 2 the units of the first and second hidden layer)
@@ -63,7 +63,7 @@ def n_neurons(
     if encoding not in encodings: raise ValueError(f"unknown encoding {encoding!r}; known: {', '.join(encodings)}.")
     return encodings[encoding][1](n_features, n_classes)
 
-# %% ../nbs/02_head.ipynb #cell13
+# %% ../nbs/02_head.ipynb #cell12
 @lru_cache(maxsize=4)
 def initial_weights(
     n_features:int,
@@ -77,7 +77,7 @@ def initial_weights(
     for w in weights: w.setflags(write=False)
     return tuple(weights)
 
-# %% ../nbs/02_head.ipynb #cell15
+# %% ../nbs/02_head.ipynb #cell14
 def check_mask(mask, n_features, n_classes, encoding):
     "`ValueError` unless a mask has as many neurons as its encoding asks for."
     wanted = n_neurons(n_features, n_classes, encoding)
@@ -101,7 +101,7 @@ def masked_start(
     for layer, part in zip(masked, np.split(mask, len(masked))): kept[layer] = np.flatnonzero(part)
     return kept[0], [np.ascontiguousarray(w[np.ix_(rows, columns)]) for w, rows, columns in zip(weights, kept, kept[1:])], None
 
-# %% ../nbs/02_head.ipynb #cell18
+# %% ../nbs/02_head.ipynb #cell17
 @dataclass(frozen=True)
 class Head:
     "A trained head: what a mask left, and the course of its training."
@@ -118,7 +118,7 @@ class Head:
         for w in hidden: h = np.maximum(h @ w, 0)
         return h @ self.weights[-1] + self.bias
 
-# %% ../nbs/02_head.ipynb #cell20
+# %% ../nbs/02_head.ipynb #cell18
 class EarlyStopping:
     "Keeps the weights of the best epoch, and says when the loss has stopped falling."
     def __init__(self, patience, min_delta):
@@ -136,7 +136,7 @@ class EarlyStopping:
             self.best, self.best_loss, self.best_epoch = weights(), loss, len(self.losses) - 1
         return len(self.losses) - 1 - self.best_epoch >= self.patience
 
-# %% ../nbs/02_head.ipynb #cell23
+# %% ../nbs/02_head.ipynb #cell21
 class PlainHead(nn.Module):
     "The head in PyTorch: linear layers, ReLU between them, a bias at the last one only."
     def __init__(self, weights, holes, dtype):
@@ -160,7 +160,7 @@ class PlainHead(nn.Module):
         "Weights and bias as they are now, as arrays."
         return [w.detach().cpu().numpy().T.copy() for w in self.weights()], self.layers[-1].bias.detach().cpu().numpy().copy()
 
-# %% ../nbs/02_head.ipynb #cell24
+# %% ../nbs/02_head.ipynb #cell22
 def fit_plain(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -193,26 +193,41 @@ def fit_plain(
         if stop(total / len(x), model.copy): break
     return Head(inputs, *stop.best, np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
+# %% ../nbs/02_head.ipynb #cell25
+def product(
+    x:np.ndarray,   # (n_batch, n_in)
+    w:np.ndarray,   # (n_in, n_out)
+) -> np.ndarray:    # (n_batch, n_out)
+    "x @ w, by oneDNN if it is float32 and large enough to gain by it."
+    if x.dtype != np.float32 or x.size * w.shape[1] < 1e6 or not torch.backends.mkldnn.is_available(): return x @ w
+    return torch.ops.mkldnn._linear_pointwise.default(torch.from_numpy(x), torch.from_numpy(w.T), None, "none", [], "").numpy()
+
 # %% ../nbs/02_head.ipynb #cell28
 class WeightLayer:
     "A layer as its weights."
     def __init__(self, weights, hole=None):
         self.w, self.u, self.s, self.hole = weights.copy(), np.zeros_like(weights), 1.0, hole
-        self.g = np.empty_like(weights)
 
     def forward(self, x):
         "Pre-activations, (n_batch, n_out), of inputs (n_batch, n_in)."
         self.x = x
-        return x @ self.w
+        return product(x, self.w)
+
+    def backward(self, grad):
+        "Gradient by the inputs, given the gradient by the pre-activations."
+        return product(grad, self.w.T)
+
+    def gradient(self, grad):
+        "Gradient by the weights."
+        g = product(self.x.T, grad)
+        return g if self.hole is None else g * self.hole
 
     def update(self, grad, rate, momentum):
         "One Nesterov step, given the gradient by the last pre-activations."
         if not self.w.size: return   # BLAS refuses empty arrays
         self.s *= momentum
         if self.s < 1e-20: self.settle()
-        np.matmul(self.x.T, grad, out=self.g)
-        if self.hole is not None: self.g *= self.hole
-        u, g, w = self.u.ravel(), self.g.ravel(), self.w.ravel()
+        u, g, w = self.u.ravel(), self.gradient(grad).ravel(), self.w.ravel()
         blas.saxpy(g, u, a=1 / self.s)
         blas.saxpy(u, g, a=momentum * self.s)
         blas.saxpy(g, w, a=-rate)
@@ -224,6 +239,23 @@ class WeightLayer:
 
     def state(self): return self.w.copy()
     def weights(self, state): return state
+
+class OutputLayer(WeightLayer):
+    "The last layer; its bias is one more row of weights, whose input is always 1."
+    def __init__(self, weights, hole=None):
+        below = (0, 1), (0, 0)
+        super().__init__(np.pad(weights, below), None if hole is None else np.pad(hole, below, constant_values=True))
+
+    def forward(self, x):
+        self.x = x
+        return product(x, self.w[:-1]) + self.w[-1]
+
+    def backward(self, grad): return product(grad, self.w[:-1].T)
+
+    def gradient(self, grad):
+        g = np.empty_like(self.w)
+        g[:-1], g[-1] = product(self.x.T, grad), grad.sum(0)
+        return g if self.hole is None else g * self.hole
 
 # %% ../nbs/02_head.ipynb #cell32
 class PrimalLayer(WeightLayer):
@@ -240,13 +272,15 @@ class DualLayer:
     "The first layer as its start plus a combination of images: cheaper where images are few."
     def __init__(self, x, weights, hole=None):
         if hole is not None: raise ValueError("weights with holes are no combination of images: use PrimalLayer.")
-        self.x, self.w0, self.start, self.gram = x, weights, x @ weights, x @ x.T
+        self.x, self.w0, self.start, self.gram = x, weights, product(x, weights), product(x, x.T)
         self.a, self.u, self.s = np.zeros_like(self.start), np.zeros_like(self.start), 1.0
 
     def forward(self, batch):
         "Pre-activations of some images, (n_batch, n_units)."
         self.batch = batch
-        return self.gram[batch] @ self.a + self.start[batch]
+        h = product(self.gram[batch], self.a)
+        h += self.start[batch]
+        return h
 
     def update(self, grad, rate, momentum):
         "One Nesterov step, given the gradient by the last pre-activations."
@@ -254,59 +288,54 @@ class DualLayer:
         self.s *= momentum
         if self.s < 1e-20: self.settle()
         self.u[self.batch] += grad * np.float32(1 / self.s)
-        self.a[self.batch] -= np.float32(rate) * grad
+        self.a[self.batch] -= grad * np.float32(rate)
         blas.saxpy(self.u.ravel(), self.a.ravel(), a=-rate * momentum * self.s)
 
     settle = WeightLayer.settle
     def state(self): return self.a.copy()
-    def weights(self, state): return self.w0 + self.x.T @ state
+    def weights(self, state): return self.w0 + product(self.x.T, state)
 
 # %% ../nbs/02_head.ipynb #cell34
 def cross_entropy(logits, one_hot):
-    "Sum of the images' losses, and its gradient by the logits."
-    shifted = logits - logits.max(1, keepdims=True)
-    p = np.exp(shifted)
-    norm = p.sum(1, keepdims=True)
-    loss = np.log(norm).sum() - (shifted * one_hot).sum()
-    return float(loss), p / norm - one_hot
+    "Sum of the images' losses, and the gradient of the mean loss by the logits."
+    log_p = torch.log_softmax(torch.from_numpy(logits), 1).numpy()
+    grad = np.exp(log_p)
+    grad -= one_hot
+    grad /= np.float32(len(logits))
+    return -float(np.vdot(log_p, one_hot)), grad
 
-def train_step(layers, bias, batch, one_hot, rate, momentum):
-    "One batch forward and back; the layers and the bias (its value and velocity) change in place. Returns the summed loss."
+def gradients(layers, batch, one_hot):
+    "Summed loss of a batch; for each layer, last one first, the gradient of the mean loss by its pre-activations."
     h, active = batch, []
     for layer in layers[:-1]:
         h = layer.forward(h)
-        np.maximum(h, 0, out=h)
+        torch.from_numpy(h).relu_()
         active.append(h)
-    loss, grad = cross_entropy(layers[-1].forward(h) + bias[0], one_hot)
-    grad /= np.float32(len(one_hot))
-    bias[1][:] = momentum * bias[1] + grad.sum(0)
-    bias[0] -= np.float32(rate) * (grad.sum(0) + momentum * bias[1])
-    for layer, h in zip(layers[:0:-1], active[::-1]):
-        back = (grad @ layer.w.T) * (h > 0)
-        layer.update(grad, rate, momentum)
-        grad = back
-    layers[0].update(grad, rate, momentum)
-    return loss
+    loss, grad = cross_entropy(layers[-1].forward(h), one_hot)
+    grads = [grad]
+    for layer, h in zip(layers[:0:-1], active[::-1]): grads.append(layer.backward(grads[-1]) * (h > 0))
+    return loss, grads
 
 # %% ../nbs/02_head.ipynb #cell35
 def train_layers(
-    layers:list,         # PrimalLayer or DualLayer, then a WeightLayer each, changed in place
+    layers:list,         # PrimalLayer or DualLayer, a WeightLayer for a second hidden one, OutputLayer; changed in place
     labels:np.ndarray,   # int64 (n_images,)
     n_classes:int,
     training:dict,       # a row of `presets`
     seed:int = 0,        # of the batches
-) -> EarlyStopping:      # its `best` is (states of the layers, bias)
+) -> EarlyStopping:      # its `best` is the states of the layers
     "All epochs, until the loss stops falling."
-    momentum, step, one_hot = np.float32(training["momentum"]), 0, np.eye(n_classes, dtype=np.float32)[labels]
-    bias, stop = np.zeros((2, n_classes), np.float32), EarlyStopping(training["patience"], training["min_delta"])
+    one_hot, step = np.eye(n_classes, dtype=np.float32)[labels], 0
+    stop = EarlyStopping(training["patience"], training["min_delta"])
     for batches in epoch_batches(len(labels), training["epochs"], training["batch_size"], seed):
         total = 0.0
         for batch in batches:
             rate = training["learning_rate"] / (1 + training["decay"] * step)
-            total += train_step(layers, bias, batch, one_hot[batch], rate, momentum)
-            step += 1
+            loss, grads = gradients(layers, batch, one_hot[batch])
+            for layer, grad in zip(layers[::-1], grads): layer.update(grad, rate, training["momentum"])
+            total, step = total + loss, step + 1
         for layer in layers: layer.settle()
-        if stop(total / len(labels), lambda: ([layer.state() for layer in layers], bias[0].copy())): break
+        if stop(total / len(labels), lambda: [layer.state() for layer in layers]): break
     return stop
 
 # %% ../nbs/02_head.ipynb #cell36
@@ -314,6 +343,10 @@ def train_layers(
 def numeric_libraries():
     "The thread pools of this process, looked up once: it takes longer than a short training."
     return ThreadpoolController()
+
+def build_layers(way, x, weights, holes):
+    "What is trained: the first layer, held in one of two ways, a second hidden one if there is one, the output layer."
+    return [way(x, weights[0], holes[0]), *map(WeightLayer, weights[1:-1], holes[1:-1]), OutputLayer(weights[-1], holes[-1])]
 
 def fit_head(
     features:np.ndarray,               # float32 (n_images, n_features)
@@ -327,16 +360,15 @@ def fit_head(
 ) -> Head:
     "Train one head, on one thread: the trajectory of `fit_plain`, with less work."
     inputs, weights, holes = masked_start(mask, features.shape[1], n_classes, encoding, seed)
-    began, (hole, *holes) = perf_counter(), holes or [None] * len(weights)
-    way = way or (DualLayer if hole is None and len(features) < 2 * len(inputs) else PrimalLayer)
+    began, holes = perf_counter(), holes or [None] * len(weights)
+    way = way or (DualLayer if holes[0] is None and len(features) < 2 * len(inputs) else PrimalLayer)
     with numeric_libraries().limit(limits=1):
-        layers = [way(np.ascontiguousarray(features[:, inputs]), weights[0], hole)] + [WeightLayer(w, h) for w, h in zip(weights[1:], holes)]
+        layers = build_layers(way, np.ascontiguousarray(features[:, inputs]), weights, holes)
         stop = train_layers(layers, labels, n_classes, training, seed)
-        states, bias = stop.best
-        weights = [layer.weights(state) for layer, state in zip(layers, states)]
-    return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, perf_counter() - began)
+        *weights, output = [layer.weights(state) for layer, state in zip(layers, stop.best)]
+    return Head(inputs, [*weights, output[:-1]], output[-1], np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
-# %% ../nbs/02_head.ipynb #cell46
+# %% ../nbs/02_head.ipynb #cell47
 def stacked_start(masks, n_features, n_classes, encoding, seed, device):
     "Weights of each layer, (n_heads, n_in, n_out), and factors that keep what is masked at zero (broadcast, or None)."
     weights = initial_weights(n_features, n_classes, encodings[encoding][0], seed)
@@ -361,7 +393,7 @@ def stacked_gradients(x, one_hot, weights, bias):
         if h is not x: grad = (grad @ w.transpose(-1, -2)) * (h > 0)
     return -(log_p * one_hot).sum((1, 2)) / len(x), gradients[::-1], g_bias
 
-# %% ../nbs/02_head.ipynb #cell47
+# %% ../nbs/02_head.ipynb #cell48
 class Stack:
     "Heads in training, stacked: parameters, velocities, what masks keep, and which heads they are."
     def __init__(self, masks, n_features, n_classes, encoding, seed, device):
@@ -385,14 +417,13 @@ class Stack:
         self.parameters, self.velocities = ([t[rest] for t in ts] for ts in (self.parameters, self.velocities))
         self.keep, self.which = [k if k is None else k[rest] for k in self.keep], self.which[~stopped]
 
-# %% ../nbs/02_head.ipynb #cell48
+# %% ../nbs/02_head.ipynb #cell49
 def named(k, mask, function, *args):
     "`function(*args)`, where a divergence names the mask."
     try: return function(*args)
     except FloatingPointError as e:
         raise FloatingPointError(f"mask {k} ({int(mask.sum())} active neurons, {np.packbits(mask).tobytes().hex()[:16]}…): {e}") from None
 
-# %% ../nbs/02_head.ipynb #cell49
 def fit_stacked(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -441,7 +472,6 @@ def stack_size(n_features, n_classes, encoding, device):
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 4 * 2**30
     return max(1, int(0.6 * free / ((6 if encoding == "connections" else 5) * 4 * weights)))
 
-# %% ../nbs/02_head.ipynb #cell54
 def fit_heads(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)

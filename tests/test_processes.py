@@ -49,8 +49,8 @@ def test_features_do_not_depend_on_the_number_of_processes():
 
 def test_heads_do_not_depend_on_the_number_of_processes():
     rng = np.random.default_rng(0)
-    x, y = np.maximum(rng.normal(0, 1, (90, 40)), 0).astype(np.float32), np.arange(90) % 3
-    masks, folds = rng.random((5, 40)) < np.linspace(0, 1, 5)[:, None], [np.arange(60), np.arange(30, 90)]
+    x, y = np.maximum(rng.normal(0, 1, (150, 120)), 0).astype(np.float32), np.arange(150) % 3   # enough for oneDNN's products
+    masks, folds = rng.random((5, 120)) < np.linspace(0, 1, 5)[:, None], [np.arange(100), np.arange(50, 150)]
     for one, two in zip(fit_heads(x, y, masks, 3, folds), fit_heads(x, y, masks, 3, folds, n_jobs=2), strict=True):
         for a, b in zip(one, two, strict=True):
             assert all((getattr(a, k) == getattr(b, k)).all() for k in ("inputs", "bias", "losses"))
