@@ -51,7 +51,7 @@ def draw(
     return mask
 
 # %% ../nbs/05_guidance.ipynb #cell14
-smallest, trusts = 4, (0.5, 1, 2, 8)
+smallest, trusts = 4, (1, 2, 4, 16)
 
 def informed_masks(
     n_masks:int,
@@ -110,7 +110,7 @@ class MaskModel:
         importance:np.ndarray,   # (n_neurons,)
         grid:list = grid,        # (length in log size, part of shared neurons, noise variance over that of the values)
     ):
-        self.weights, self.known = importance + 1e-3, (masks, values.mean(0), values.std(0) + 1e-9)
+        self.weights, self.known = np.sqrt(importance + 1e-3), (masks, values.mean(0), values.std(0) + 1e-9)
         gaps, shared = self.alike(masks)
         standard, self.fits = (values - self.known[1]) / self.known[2], []
         kernels = {(length, part): kernel(gaps, shared, length, part) for length, part in {g[:2] for g in grid}}

@@ -184,11 +184,11 @@ rendered = {
     # draw(rng, class name, canvas size) -> image, ground truth · images of a class in the training and in the test split
     "flowers": dict(draw=draw_flower, classes=tuple(species), train=40, test=30,
                     about="Rendered by moevo_nb: eight species of flowers in undergrowth, with ground truth; Apache-2.0."),
-    "foliage": dict(draw=draw_foliage, classes=("leaves", "blades"), train=0, test=45,
+    "foliage": dict(draw=draw_foliage, classes=("leaves", "blades"), train=0, test=60,
                     about="Rendered by moevo_nb: the undergrowth of `flowers` without a flower; Apache-2.0."),
-    "pebbles": dict(draw=draw_pebbles, classes=("gravel", "glass"), train=0, test=45,
+    "pebbles": dict(draw=draw_pebbles, classes=("gravel", "glass"), train=0, test=60,
                     about="Rendered by moevo_nb: gravel and coloured glass; Apache-2.0."),
-    "weaves":  dict(draw=draw_weaves, classes=("plain", "twill"), train=0, test=45,
+    "weaves":  dict(draw=draw_weaves, classes=("plain", "twill"), train=0, test=60,
                     about="Rendered by moevo_nb: woven threads; Apache-2.0."),
 }
 render_version = 1   # raise it when a drawing changes: it is part of every rendered set's manifest

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['anything', 'parameters', 'versions', 'at_least', 'one_of', 'only', 'nearest', 'problems', 'check_parameters',
-           'write_whole', 'git_commit', 'Run', 'Progress', 'run_notebook', 'read_results']
+           'write_whole', 'git_commit', 'Run', 'Progress', 'run_notebook', 'problems_of', 'read_results']
 
 # %% ../nbs/10_study.ipynb #cell3
 import difflib
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import papermill
 import torch
@@ -40,10 +41,10 @@ parameters = {
     "image_size":   (int, ((lambda v: v == 0 or v >= 32), "0 or at least 32"), "pixels; 0: the data set's own"),
     "encoding":     (str, only("features"), "what a mask switches"),
     "detector":     (str, one_of(*robustness.detectors), "score that tells foreign images apart"),
-    "protocol":     (str, only("paper"), "search and report on the same evaluation images"),
+    "protocol":     (str, one_of(*data.protocols), "paper: search and report on the same images; holdout: on separate ones"),
     "folds":        (int, at_least(0), "0: as the set is registered; 1: its split or a hold-out; 2 or more: folds"),
     "preset":       (str, one_of(*head.presets), "training of the heads in the search; what is reported comes from paper"),
-    "search":       (str, only("paper"), "how the search starts and varies masks"),
+    "search":       (str, one_of("informed", "paper"), "how the search starts and varies masks"),
     "algorithm":    (str, one_of(*evolution.algorithms), "the search"),
     "pop_size":     (int, at_least(2), "masks in the population"),
     "n_offsprings": (int, at_least(1), "masks a step, after the first population"),
@@ -175,6 +176,22 @@ def run_notebook(
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
 # %% ../nbs/10_study.ipynb #cell21
+def problems_of(
+    dataset:str,              # as the experiment takes it
+    protocol:str = "paper",   # of `data.protocols`
+    preset:str = "paper",     # of `head.presets`
+    seed:int = 0,             # of splits, foreign images and heads
+    n_jobs:int = 1,           # processes
+) -> tuple:                   # what a search sees, what its front is judged on: each an `evolution.Problem`
+    "A data set with the default backbone, its registered folds and the foreign images at hand."
+    images = data.load(dataset)
+    foreign = data.foreign_sets(images, dataset)
+    features, *others = [backbone.cached_features(s, size=images.image_size, n_jobs=n_jobs) for s in (images, *foreign)]
+    return tuple(evolution.Problem(features, images.labels, [fold[:2] for fold in folds],
+                                   [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in folds], preset=preset, seed=seed)
+                 for folds in data.arrange(images, foreign, protocol, seed=seed))
+
+# %% ../nbs/10_study.ipynb #cell23
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
