@@ -180,16 +180,17 @@ def problems_of(
     dataset:str,              # as the experiment takes it
     protocol:str = "paper",   # of `data.protocols`
     preset:str = "paper",     # of `head.presets`
+    folds:int = 0,            # as for `data.splits`
     seed:int = 0,             # of splits, foreign images and heads
     n_jobs:int = 1,           # processes
 ) -> tuple:                   # what a search sees, what its front is judged on: each an `evolution.Problem`
-    "A data set with the default backbone, its registered folds and the foreign images at hand."
+    "A data set with the default backbone and the foreign images at hand."
     images = data.load(dataset)
     foreign = data.foreign_sets(images, dataset)
     features, *others = [backbone.cached_features(s, size=images.image_size, n_jobs=n_jobs) for s in (images, *foreign)]
-    return tuple(evolution.Problem(features, images.labels, [fold[:2] for fold in folds],
-                                   [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in folds], preset=preset, seed=seed)
-                 for folds in data.arrange(images, foreign, protocol, seed=seed))
+    return tuple(evolution.Problem(features, images.labels, [fold[:2] for fold in arranged],
+                                   [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in arranged], preset=preset, seed=seed)
+                 for arranged in data.arrange(images, foreign, protocol, folds, seed))
 
 # %% ../nbs/10_study.ipynb #cell23
 def read_results(
