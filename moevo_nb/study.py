@@ -201,7 +201,7 @@ def read_results(
     for path in sorted(Path(folder).rglob("result.json")):
         found = json.loads(path.read_text())
         if "hypervolume" not in found: continue
-        rows.append({**{k: found["parameters"][k] for k in ("dataset", "backbone", "protocol", "preset", "runs")}, "folder": str(path.parent),
+        rows.append({**{k: found["parameters"][k] for k in ("dataset", "backbone", "protocol", "search", "preset", "runs")}, "folder": str(path.parent),
                      **{k: found[k] for k in ("evaluations", "hypervolume", "front_size")},
                      **{f"best_{k}": v for k, v in found["best"].items()}, **{f"unpruned_{k}": v for k, v in found["unpruned"].items()},
                      "seconds": sum(found["seconds"].values())})

@@ -39,7 +39,8 @@ def test_a_run_leaves_everything_behind(finished):
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
     front = pd.read_csv(out / "front.csv", dtype={"mask": str})
-    assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "mask"] and len(front) == result["front_size"]
+    assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "searched_accuracy", "searched_auroc", "mask"]
+    assert len(front) == result["front_size"]
     assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
     names = {f.stem for f in (out / "figures").glob("*.png")}
     assert names == {"front", "hypervolume", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
@@ -59,6 +60,16 @@ def test_the_same_parameters_give_the_same_front(finished):
 def test_a_warm_cache_spares_the_backbone(finished):
     assert "through the backbone" in printed(finished[1] / "out.ipynb")
     assert "through the backbone" not in printed(finished[2] / "out.ipynb")
+
+
+def test_the_papers_own_search_under_holdout_reports_what_it_never_saw(finished, class_folders, tmp_path):
+    own = dict(search="paper", preset="paper", protocol="holdout", out_dir="results")
+    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, **own, **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
+    assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
+    chosen = front.sort_values(["validation_accuracy", "active_fraction"], ascending=[False, True]).iloc[0]
+    assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selected"] != result["hypervolume"]
 
 
 def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
