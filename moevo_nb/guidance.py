@@ -13,7 +13,7 @@ from pymoo.core.mutation import Mutation
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import qmc
 
-from .head import Head, encodings, initial_weights
+from .head import encodings, initial_weights, numeric_libraries
 from .pareto import losses, non_dominated
 
 # %% ../nbs/05_guidance.ipynb #cell6
@@ -169,7 +169,8 @@ def pick(
     importance:np.ndarray,   # (n_neurons,)
 ) -> list:                   # indices of the picked
     "The offspring that promise most hypervolume; one that is known already only if there are no others."
-    mean, deviation = MaskModel(masks, table[["accuracy", "auroc"]].to_numpy(), importance).predict(offspring)
+    with numeric_libraries().limit(limits=1):   # so that no bit depends on how many threads there are
+        mean, deviation = MaskModel(masks, table[["accuracy", "auroc"]].to_numpy(), importance).predict(offspring)
     hoped, front, picked = np.clip(mean + deviation, 0, 1), losses(table)[non_dominated(table)], []
     points = np.c_[1 - hoped[:, 0], offspring.mean(1), 1 - hoped[:, 1]]
     known = {m.tobytes() for m in masks}
