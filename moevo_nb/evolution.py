@@ -170,7 +170,7 @@ class Settings:
         weights = guidance.log_weights(self.importance, operators_trust)
         return dict(crossover=guidance.SizedCrossover(weights), mutation=guidance.SizedMutation(weights))
 
-# %% ../nbs/06_evolution.ipynb #cell25
+# %% ../nbs/06_evolution.ipynb #cell24
 def nsga2(**settings):
     "pymoo's NSGA-II with the paper's tournament."
     algorithm = NSGA2(survival=RankAndCrowding(), **settings)
@@ -201,7 +201,7 @@ class Pymoo:
         self.asked.set("F", losses(table))
         self.algorithm.tell(infills=self.asked)
 
-# %% ../nbs/06_evolution.ipynb #cell27
+# %% ../nbs/06_evolution.ipynb #cell26
 class Random:
     "Masks of the first population's distribution, for ever."
     def __init__(self, settings): self.settings, self.step = settings, -1
@@ -212,7 +212,7 @@ class Random:
 
     def tell(self, table): pass
 
-# %% ../nbs/06_evolution.ipynb #cell29
+# %% ../nbs/06_evolution.ipynb #cell28
 class EvoPruneDeepTL:
     "A steady-state genetic algorithm for accuracy."
     def __init__(self, settings):
@@ -242,7 +242,7 @@ class EvoPruneDeepTL:
         best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.settings.pop_size]
         self.population, self.fitness = masks[best], fitness.iloc[best]
 
-# %% ../nbs/06_evolution.ipynb #cell30
+# %% ../nbs/06_evolution.ipynb #cell29
 algorithms = {
     "nsga2": partial(Pymoo, nsga2),
     "spea2": partial(Pymoo, lambda **s: SPEA2(survival=SPEA2Survival(normalize=True), **s)),
@@ -252,7 +252,7 @@ algorithms = {
     "evoprunedeeptl": EvoPruneDeepTL,
 }
 
-# %% ../nbs/06_evolution.ipynb #cell33
+# %% ../nbs/06_evolution.ipynb #cell31
 class Search:
     "One run: a pure function of its seed, of what it knows, and of the objectives that it is told."
     def __init__(
@@ -287,7 +287,7 @@ class Search:
         "Everything asked for, in order: masks and table."
         return (np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)) if self.masks else ([], None)
 
-# %% ../nbs/06_evolution.ipynb #cell39
+# %% ../nbs/06_evolution.ipynb #cell37
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -305,7 +305,7 @@ def evolve(
         if on_step: on_step(searches)
     return [s.history() for s in searches]
 
-# %% ../nbs/06_evolution.ipynb #cell43
+# %% ../nbs/06_evolution.ipynb #cell41
 @contextmanager
 def stoppable(
     said:Callable,   # what to say on top of the signal's name
@@ -326,7 +326,7 @@ def stoppable(
         raise
     finally: restore()
 
-# %% ../nbs/06_evolution.ipynb #cell46
+# %% ../nbs/06_evolution.ipynb #cell44
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -356,7 +356,7 @@ def pursue(
         for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/06_evolution.ipynb #cell52
+# %% ../nbs/06_evolution.ipynb #cell50
 def reach(
     address:str,        # tcp://host:port or tls://host:port
     timeout:float = 5,  # seconds
