@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['objectives', 'losses', 'dominates', 'non_dominated', 'merge_fronts', 'hypervolume_of', 'hypervolume',
-           'hypervolume_curve', 'attainment', 'knee', 'picks', 'plot_front', 'plot_hypervolume']
+           'hypervolume_curve', 'attainment', 'knee', 'picks', 'plot_front', 'plot_hypervolume', 'attained',
+           'plot_attainment']
 
 # %% ../nbs/04_pareto.ipynb #cell3
 import matplotlib.pyplot as plt
@@ -46,7 +47,7 @@ def non_dominated(
     dominated = [np.any((values <= loss).all(axis=1) & (values < loss).any(axis=1)) for loss in values]
     return ~np.array(dominated, dtype=bool)
 
-# %% ../nbs/04_pareto.ipynb #cell18
+# %% ../nbs/04_pareto.ipynb #cell17
 def _check_runs(masks, tables):
     "Stop unless every run has a mask a row of its table, all of one length."
     if len(masks) != len(tables) or not len(masks):
@@ -71,7 +72,7 @@ def merge_fronts(
         ["active_fraction", "accuracy", "auroc", "run"], ascending=[True, False, False, True], kind="stable")
     return masks[table.index], table.reset_index(drop=True)
 
-# %% ../nbs/04_pareto.ipynb #cell23
+# %% ../nbs/04_pareto.ipynb #cell21
 def hypervolume_of(
     losses:np.ndarray,          # (n_points, 2) or (n_points, 3), to be minimised
     ref_point:tuple=(1, 1, 1),  # worst corner of the box, one number an objective
@@ -91,7 +92,7 @@ def hypervolume_of(
     lowest = np.minimum.accumulate(np.minimum.accumulate(lowest, axis=0), axis=1)
     return float(np.diff(x, append=ref[0]) @ (ref[2] - lowest) @ np.diff(y, append=ref[1]))
 
-# %% ../nbs/04_pareto.ipynb #cell27
+# %% ../nbs/04_pareto.ipynb #cell25
 def hypervolume(
     table:pd.DataFrame,                # a row a member, with the columns in `objectives`
     ref_point:tuple=(1.0, 1.0, 1.0),   # worst accepted losses: 1 - accuracy, active fraction, 1 - AUROC
@@ -99,7 +100,7 @@ def hypervolume(
     "Volume of the losses that the members dominate."
     return hypervolume_of(losses(table)[non_dominated(table)], ref_point)
 
-# %% ../nbs/04_pareto.ipynb #cell31
+# %% ../nbs/04_pareto.ipynb #cell29
 def hypervolume_curve(
     table:pd.DataFrame,                # every evaluation of a run, in the order asked
     ref_point:tuple=(1.0, 1.0, 1.0),   # worst accepted losses
@@ -113,7 +114,7 @@ def hypervolume_curve(
             front = np.vstack([front[~(loss <= front).all(axis=1)], loss])
     return np.cumsum(gains)
 
-# %% ../nbs/04_pareto.ipynb #cell35
+# %% ../nbs/04_pareto.ipynb #cell33
 def attainment(
     tables:list,             # a front a run
     losses_grid:np.ndarray,  # goals as losses, (n_points, 3)
@@ -123,7 +124,7 @@ def attainment(
     reached = [(losses(table)[:, None] <= goals).all(axis=2).any(axis=0) for table in tables]
     return np.mean(reached, axis=0)
 
-# %% ../nbs/04_pareto.ipynb #cell39
+# %% ../nbs/04_pareto.ipynb #cell37
 def _first(primary, values):
     "Position of the lowest primary value; ties by active fraction, 1 - accuracy, 1 - AUROC."
     return int(np.lexsort((values[:, 2], values[:, 0], values[:, 1], primary))[0])
@@ -138,7 +139,7 @@ def knee(
     scaled = (values - ideal) / np.where(span > 0, span, 1)
     return _first(np.linalg.norm(scaled, axis=1).round(12), values)
 
-# %% ../nbs/04_pareto.ipynb #cell43
+# %% ../nbs/04_pareto.ipynb #cell41
 def picks(
     table:pd.DataFrame,  # a front, a row a member
     reference:dict,      # accuracy, active_fraction and auroc of the unpruned network; a Series will do
@@ -154,7 +155,7 @@ def picks(
     rows.insert(0, "member", [*chosen.values(), -1])
     return rows.set_axis(pd.Index([*chosen, "unpruned"], name="pick"))
 
-# %% ../nbs/04_pareto.ipynb #cell49
+# %% ../nbs/04_pareto.ipynb #cell47
 _labels = {"accuracy": "accuracy (%)", "active_fraction": "active neurons (%)", "auroc": "AUROC"}
 
 def _axis_units(table):
@@ -195,7 +196,7 @@ def _draw(ax, members, star, axes, best, limits):
     for side, name in zip("xyz", axes): ax.set(**{f"{side}label": _labels[name]})
     return shown
 
-# %% ../nbs/04_pareto.ipynb #cell50
+# %% ../nbs/04_pareto.ipynb #cell48
 def plot_front(
     table:pd.DataFrame,   # a front, a row a member
     reference:dict=None,  # accuracy, active_fraction and auroc of the unpruned network; a Series will do
@@ -220,7 +221,7 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/04_pareto.ipynb #cell55
+# %% ../nbs/04_pareto.ipynb #cell53
 def plot_hypervolume(
     curves:np.ndarray,  # hypervolume after each evaluation, (n_runs, n_evals), or (n_evals,) of one run
     ax:plt.Axes=None,   # where to draw; a new figure by default
@@ -238,3 +239,31 @@ def plot_hypervolume(
     ax.set(xlabel="evaluations", ylabel="hypervolume", xlim=(0, curves.shape[1]))
     ax.legend(loc="lower right")
     return ax
+
+# %% ../nbs/04_pareto.ipynb #cell56
+def attained(
+    tables:list,              # a front a run
+    fractions:np.ndarray,     # active fractions, (n_fractions,)
+    objective:str="accuracy", # or auroc
+) -> np.ndarray:              # (n_runs, n_fractions); 0, the worst, where a run has no member that small
+    "The best value of each run's members with at most that fraction of active neurons."
+    small = [table["active_fraction"].to_numpy() <= np.asarray(fractions)[:, None] for table in tables]
+    return np.array([np.where(fits, table[objective].to_numpy(), 0).max(axis=1) for fits, table in zip(small, tables)])
+
+def plot_attainment(
+    tables:list,           # a front a run
+    axes:np.ndarray=None,  # two axes to draw on; a new figure by default
+) -> np.ndarray:           # the axes drawn on: accuracy and AUROC against active neurons
+    "What every run, half of them and at least one attain with so many active neurons."
+    axes = plt.subplots(1, 2, figsize=(7.2, 2.8))[1] if axes is None else axes
+    fractions = np.unique(np.concatenate([table["active_fraction"] for table in tables]))
+    drawn, bend = _axis_units(pd.DataFrame(1.0, index=fractions, columns=objectives).assign(active_fraction=fractions))
+    for ax, objective, scale in zip(axes, ("accuracy", "auroc"), (100, 1)):
+        values = scale * attained(tables, fractions, objective)
+        ax.fill_between(drawn["active_fraction"], values.min(axis=0), values.max(axis=0), step="post", alpha=0.2, linewidth=0,
+                        label="between all runs and one")
+        ax.step(drawn["active_fraction"], np.median(values, axis=0), where="post", label=f"half of {len(tables)} runs")
+        ax.set(xlabel=_labels["active_fraction"], ylabel=_labels[objective], ylim=(values[values > 0].min(), None))
+        if bend: _percent_ticks(ax.xaxis, bend)
+    axes[0].legend(loc="lower right")
+    return axes

@@ -63,13 +63,18 @@ def test_a_warm_cache_spares_the_backbone(finished):
 
 
 def test_the_papers_own_search_under_holdout_reports_what_it_never_saw(finished, class_folders, tmp_path):
-    own = dict(search="paper", preset="paper", protocol="holdout", out_dir="results")
+    own = dict(search="paper", preset="paper", protocol="holdout", runs=2, out_dir="results")
     done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, **own, **small)
     assert done.returncode == 0, done.stderr[-3000:]
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
     chosen = front.sort_values(["validation_accuracy", "active_fraction"], ascending=[False, True]).iloc[0]
     assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selected"] != result["hypervolume"]
+    assert result["evaluations"] == 14 and set(front.run) <= {0, 1}
+    attained = pd.read_csv(tmp_path / "results" / "figures" / "attainment.csv", header=[0, 1], index_col=0)
+    assert attained.columns.tolist() == [(o, f"run_{k}") for o in ("accuracy", "auroc") for k in range(2)]
+    curves = pd.read_csv(tmp_path / "results" / "figures" / "hypervolume.csv")
+    assert len(curves) == 7 and (attained.diff().iloc[1:] >= 0).all(axis=None)
 
 
 def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
