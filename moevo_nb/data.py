@@ -6,7 +6,7 @@
 __all__ = ['formats', 'protocols', 'ImageSet', 'digest', 'rendered_set', 'as_rgb', 'read_image', 'read_images', 'checked_hash',
            'checked_files', 'class_problems', 'folder_set', 'known_sets', 'locate', 'registered_name', 'load',
            'stratified_folds', 'alike_together', 'splits', 'put_aside', 'quotas', 'ood_mixture', 'ood_default',
-           'ood_names', 'foreign_sets', 'arrange']
+           'ood_names', 'foreign_sets', 'folds_under', 'arrange']
 
 # %% ../nbs/00_data.ipynb #cell3
 import difflib
@@ -328,17 +328,23 @@ def foreign_sets(
 # %% ../nbs/00_data.ipynb #cell53
 protocols = ("paper", "holdout")
 
+def folds_under(protocol, folds):
+    "How many folds a protocol has, as `splits` takes it. Errors: several under holdout."
+    if protocol == "paper": return folds
+    if folds > 1: raise ValueError(f"protocol holdout has one split, not {folds} folds, in which each image trains some head: leave folds at 0.")
+    return 1
+
 def arrange(
     images:ImageSet,
     foreign:list,            # the other image sets
     protocol:str = "paper",  # of `protocols`
-    folds:int = 0,           # as for `splits`
+    folds:int = 0,           # as for `splits`; holdout has one split whatever is registered
     seed:int = 0,            # of splits and foreign images
 ) -> tuple:                  # what a search sees, what its front is judged on: lists of (train, evaluation, mixture), one a fold
     "Which images are trained on, judged by, and foreign, in each fold."
-    judged = [(train, evaluate, ood_mixture(foreign, len(evaluate), k)) for k, (train, evaluate) in enumerate(splits(images, folds, seed), seed)]
+    pairs = splits(images, folds_under(protocol, folds), seed)
+    judged = [(train, evaluate, ood_mixture(foreign, len(evaluate), k)) for k, (train, evaluate) in enumerate(pairs, seed)]
     if protocol == "paper": return judged, judged
-    parts = [put_aside(images, train, seed) for train, _, _ in judged]
-    seen = [(train, aside, ood_mixture(foreign, len(aside), k, taken))
-            for k, ((train, aside), (_, _, taken)) in enumerate(zip(parts, judged), seed)]
-    return seen, [(train, *rest) for (train, _), (_, *rest) in zip(parts, judged)]
+    (train, evaluate, taken), = judged
+    train, aside = put_aside(images, train, seed)
+    return [(train, aside, ood_mixture(foreign, len(aside), seed, taken))], [(train, evaluate, taken)]
