@@ -78,7 +78,10 @@ def test_the_papers_own_search_under_holdout_reports_what_it_never_saw(finished,
 
 
 def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
-    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, resume="must", **dict(small, pop_size=5))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "result.json").write_text("{}")   # of an earlier run, which stays
+    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, resume="must", out_dir="results", **dict(small, pop_size=5))
+    assert (tmp_path / "results" / "result.json").read_text() == "{}"
     assert done.returncode != 0 and "there is nothing to resume" in done.stderr and "- pop_size: 4 there, 5 asked for" in done.stderr
     assert "- n_evals" not in done.stderr and "- seed" not in done.stderr
 
