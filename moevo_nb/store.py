@@ -114,6 +114,10 @@ class Database:
         try: return self.db.execute(sql, values).fetchall()
         except (sqlite3.Error, UnicodeDecodeError) as e: raise in_words(e, self.path) from None
 
+    def layout(self):
+        "Version and definition of the tables."
+        return self.execute("pragma user_version")[0][0], self.execute("select name, sql from sqlite_schema order by name")
+
     @contextmanager
     def transaction(self):
         "Many writes, committed together or not at all."
@@ -139,13 +143,10 @@ class Rows(Database):
             self.db.close()
             raise
 
-    def layout(self):
-        "Version and definition of the tables."
-        return self.execute("pragma user_version")[0][0], self.execute("select name, sql from sqlite_schema order by name")
-
     def make(self):
         with self.transaction():
-            for statement in schema.split(";") if not any(self.layout()) else (): self.execute(statement)
+            if any(self.layout()): return   # another process was faster
+            for statement in schema.split(";"): self.execute(statement)
 
     def log_ahead(self):
         "Switch to a write-ahead log; here, and only here, SQLite does not wait for others by itself."
@@ -159,7 +160,7 @@ class Rows(Database):
         "Refuse a file of another version, a damaged page, a damaged row."
         with Database(":memory:") as blank:
             blank.db.executescript(schema)
-            if self.layout() != Rows.layout(blank): raise unusable(self.path, "its tables are another version's, or damaged")
+            if self.layout() != blank.layout(): raise unusable(self.path, "its tables are another version's, or damaged")
         if self.execute("pragma integrity_check") != [("ok",)]: raise unusable(self.path, "it is damaged")
         for table in tables:
             for _ in self.read(table): pass
