@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['solver_version', 'operators_trust', 'algorithms', 'array_digest', 'Problem', 'fold_logits', 'measure', 'Evaluator',
-           'initial_masks', 'Settings', 'nsga2', 'Pymoo', 'Random', 'EvoPruneDeepTL', 'Search', 'evolve', 'stoppable',
-           'run_names', 'pursue', 'reach', 'cluster']
+           'initial_masks', 'Settings', 'nsga2', 'Pymoo', 'Search', 'evolve', 'stoppable', 'run_names', 'pursue',
+           'reach', 'cluster', 'Random', 'EvoPruneDeepTL']
 
 # %% ../nbs/06_evolution.ipynb #cell3
 import hashlib
@@ -69,7 +69,7 @@ class Problem:
                     encoding=self.encoding, seed=self.seed, solver=[solver_version, self.device.split(":")[0]])
 
     def importance(self, n_jobs=1):
-        "How much each neuron matters to unpruned heads, (n_neurons,), as `guidance.importance`: from training images alone."
+        "How much each neuron matters to unpruned heads, (n_neurons,), as `guidance.importance`: from the folds' training images alone."
         heads = next(self.fit(np.ones((1, self.n_neurons), bool), n_jobs))
         return guidance.importance(heads, self.features.shape[1], self.n_classes, self.encoding, self.seed)
 
@@ -196,63 +196,14 @@ class Pymoo:
         return self.asked.get("X").astype(bool)
 
     def tell(self, table):
-        "The objectives of the first of those asked for, minimised as losses."
+        "The objectives of what was asked for, minimised as losses; fewer where the budget cuts the last step."
         self.asked = self.asked[:len(table)]
         self.asked.set("F", losses(table))
         self.algorithm.tell(infills=self.asked)
 
+algorithms = {"nsga2": partial(Pymoo, nsga2)}   # what a search may be called, and what makes its steps
+
 # %% ../nbs/06_evolution.ipynb #cell26
-class Random:
-    "Masks of the first population's distribution, for ever."
-    def __init__(self, settings): self.settings, self.step = settings, -1
-
-    def ask(self, masks, table):
-        self.step += 1
-        return self.settings.draw(self.settings.n_offsprings if self.step else self.settings.pop_size, self.step)
-
-    def tell(self, table): pass
-
-# %% ../nbs/06_evolution.ipynb #cell28
-class EvoPruneDeepTL:
-    "A steady-state genetic algorithm for accuracy."
-    def __init__(self, settings):
-        self.settings, self.rng = settings, np.random.default_rng([settings.seed, 2])
-        self.population = np.empty((0, settings.n_neurons), bool)
-
-    def ask(self, masks, table):
-        s = self.settings
-        if not len(self.population): self.asked = s.draw(s.pop_size)
-        else: self.asked = np.concatenate([self.children() for _ in range(-(-s.n_offsprings // 2))])[:s.n_offsprings]
-        return self.asked
-
-    def children(self):
-        "Two masks of two parents."
-        rng, candidates = self.rng, self.population[self.rng.integers(len(self.population), size=4)]
-        mother, father = candidates[0], max(candidates[1:], key=lambda c: (c != candidates[0]).sum())
-        swap = rng.random(len(mother)) < 0.5
-        pair = np.array([np.where(swap, father, mother), np.where(swap, mother, father)])
-        for child in pair:
-            if rng.random() < 0.07: child[rng.integers(len(child))] ^= True
-        return pair
-
-    def tell(self, table):
-        fitness = table[["accuracy", "active_fraction"]]
-        if len(self.population): fitness = pd.concat([self.fitness, fitness], ignore_index=True)
-        masks = np.concatenate([self.population, self.asked[:len(table)]])
-        best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.settings.pop_size]
-        self.population, self.fitness = masks[best], fitness.iloc[best]
-
-# %% ../nbs/06_evolution.ipynb #cell29
-algorithms = {
-    "nsga2": partial(Pymoo, nsga2),
-    "spea2": partial(Pymoo, lambda **s: SPEA2(survival=SPEA2Survival(normalize=True), **s)),
-    "smsemoa": partial(Pymoo, lambda **s: SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **s)),
-    "agemoea2": partial(Pymoo, AGEMOEA2),
-    "random": Random,
-    "evoprunedeeptl": EvoPruneDeepTL,
-}
-
-# %% ../nbs/06_evolution.ipynb #cell31
 class Search:
     "One run: a pure function of its seed, of what it knows, and of the objectives that it is told."
     def __init__(
@@ -287,7 +238,7 @@ class Search:
         "Everything asked for, in order: masks and table."
         return (np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)) if self.masks else ([], None)
 
-# %% ../nbs/06_evolution.ipynb #cell37
+# %% ../nbs/06_evolution.ipynb #cell30
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -305,7 +256,7 @@ def evolve(
         if on_step: on_step(searches)
     return [s.history() for s in searches]
 
-# %% ../nbs/06_evolution.ipynb #cell41
+# %% ../nbs/06_evolution.ipynb #cell35
 @contextmanager
 def stoppable(
     said:Callable,   # what to say on top of the signal's name
@@ -326,7 +277,7 @@ def stoppable(
         raise
     finally: restore()
 
-# %% ../nbs/06_evolution.ipynb #cell44
+# %% ../nbs/06_evolution.ipynb #cell38
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -356,7 +307,7 @@ def pursue(
         for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/06_evolution.ipynb #cell50
+# %% ../nbs/06_evolution.ipynb #cell44
 def reach(
     address:str,        # tcp://host:port or tls://host:port
     timeout:float = 5,  # seconds
@@ -387,3 +338,53 @@ def cluster(
         try:
             with joblib.parallel_config("dask", client=client, scatter=arrays): yield
         finally: client.amm.start()
+
+# %% ../nbs/06_evolution.ipynb #cell47
+class Random:
+    "Masks of the first population's distribution, for ever."
+    def __init__(self, settings): self.settings, self.step = settings, -1
+
+    def ask(self, masks, table):
+        self.step += 1
+        return self.settings.draw(self.settings.n_offsprings if self.step else self.settings.pop_size, self.step)
+
+    def tell(self, table): pass
+
+# %% ../nbs/06_evolution.ipynb #cell49
+class EvoPruneDeepTL:
+    "A steady-state genetic algorithm for accuracy."
+    def __init__(self, settings):
+        self.settings, self.rng = settings, np.random.default_rng([settings.seed, 2])
+        self.population = np.empty((0, settings.n_neurons), bool)
+
+    def ask(self, masks, table):
+        s = self.settings
+        if not len(self.population): self.asked = s.draw(s.pop_size)
+        else: self.asked = np.concatenate([self.children() for _ in range(-(-s.n_offsprings // 2))])[:s.n_offsprings]
+        return self.asked
+
+    def children(self):
+        "Two masks of two parents."
+        rng, candidates = self.rng, self.population[self.rng.integers(len(self.population), size=4)]
+        mother, father = candidates[0], max(candidates[1:], key=lambda c: (c != candidates[0]).sum())
+        swap = rng.random(len(mother)) < 0.5
+        pair = np.array([np.where(swap, father, mother), np.where(swap, mother, father)])
+        for child in pair:
+            if rng.random() < 0.07: child[rng.integers(len(child))] ^= True
+        return pair
+
+    def tell(self, table):
+        fitness = table[["accuracy", "active_fraction"]]
+        if len(self.population): fitness = pd.concat([self.fitness, fitness], ignore_index=True)
+        masks = np.concatenate([self.population, self.asked[:len(table)]])
+        best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.settings.pop_size]
+        self.population, self.fitness = masks[best], fitness.iloc[best]
+
+# %% ../nbs/06_evolution.ipynb #cell50
+algorithms |= {   # SPEA2 and SMS-EMOA would share one survival among all runs of a process, were it not given
+    "spea2": partial(Pymoo, lambda **s: SPEA2(survival=SPEA2Survival(normalize=True), **s)),
+    "smsemoa": partial(Pymoo, lambda **s: SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **s)),
+    "agemoea2": partial(Pymoo, AGEMOEA2),
+    "random": Random,
+    "evoprunedeeptl": EvoPruneDeepTL,
+}
