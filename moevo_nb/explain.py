@@ -236,6 +236,7 @@ def plot_cams(
     neurons:Sequence,            # a title for each column, usually the neuron's index, (n_neurons,)
     truth:np.ndarray|None=None,  # where the object is, to be outlined, bool (n_images, h, w)
     show_images:bool=True,       # False leaves out the pictures and shows the maps alone
+    classes:Sequence=(),         # a name for each row, (n_images,); none if empty
 ) -> plt.Figure:                 # as wide as a page, 7.2 inches, for ten neurons and the images
     "A grid of maps, images down and neurons across."
     n, h, w, _ = images.shape
@@ -248,6 +249,7 @@ def plot_cams(
                              layout="constrained", subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=7, loc="center", pad=2)
+    for row, name in zip(axes, classes): row[0].set_ylabel(name, fontsize=7)
     for i, row in enumerate(axes):
         if show_images: row[0].imshow(images[i])
         for ax, cam in zip(row[int(show_images):], upsample(cams[i], (h, w))):

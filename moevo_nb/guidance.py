@@ -8,6 +8,7 @@ __all__ = ['smallest', 'trusts', 'grid', 'cube', 'importance', 'log_weights', 'd
 
 # %% ../nbs/05_guidance.ipynb #cell3
 import numpy as np
+import pandas as pd
 from pymoo.core.crossover import Crossover
 from pymoo.core.mutation import Mutation
 from scipy.linalg import cho_factor, cho_solve
@@ -37,7 +38,7 @@ def importance(
 
 # %% ../nbs/05_guidance.ipynb #cell10
 def log_weights(importance, trust):
-    "Log of what draws are proportional to; neurons that never moved keep a thousandth of the mean's weight."
+    "Log of what draws are proportional to: (importance + 0.001) to the power `trust`, so that no neuron is ruled out."
     return trust * np.log(importance + 1e-3)
 
 def draw(
@@ -51,7 +52,7 @@ def draw(
     return mask
 
 # %% ../nbs/05_guidance.ipynb #cell14
-smallest, trusts = 4, (1, 2, 4, 16)
+smallest, trusts = 4, (1, 2, 4, 16)   # neurons of the smallest mask; powers of importance, one drawn for each mask
 
 def informed_masks(
     n_masks:int,
@@ -84,9 +85,14 @@ class SizedCrossover(Crossover):
 # %% ../nbs/05_guidance.ipynb #cell19
 class SizedMutation(Mutation):
     "Another size near by, and some neurons exchanged, by importance."
-    def __init__(self, log_weights, exchanged=0.1, spread=0.2):
+    def __init__(
+        self,
+        log_weights,            # of the draws, (n_neurons,)
+        dropped:float = 0.1,    # mean fraction of the neurons dropped
+        spread:float = 0.2,     # standard deviation of the log of the factor that the size changes by
+    ):
         super().__init__(prob=1.0)
-        self.log_weights, self.exchanged, self.spread = log_weights, exchanged, spread
+        self.log_weights, self.dropped, self.spread = log_weights, dropped, spread
 
     def _do(self, problem, X, *args, random_state=None, **kwargs):
         return np.array([self.mutant(mask.astype(bool), random_state) for mask in X])
@@ -94,8 +100,8 @@ class SizedMutation(Mutation):
     def mutant(self, mask, rng):
         before = max(1, int(mask.sum()))
         size = int(np.clip(round(before * np.exp(rng.normal(0, self.spread))), 1, len(mask)))
-        kept = max(0, min(size, int(mask.sum()), before - rng.poisson(self.exchanged * before)))
-        kept = draw(np.where(mask, self.log_weights, -np.inf), kept, rng)
+        n_kept = max(0, min(size, int(mask.sum()), before - rng.poisson(self.dropped * before)))
+        kept = draw(np.where(mask, self.log_weights, -np.inf), n_kept, rng)
         return kept | draw(np.where(kept, -np.inf, self.log_weights), size - int(kept.sum()), rng)
 
 # %% ../nbs/05_guidance.ipynb #cell24
@@ -165,7 +171,7 @@ def pick(
     n:int,                   # how many to pick
     offspring:np.ndarray,    # bool (n_offspring, n_neurons)
     masks:np.ndarray,        # bool (n_masks, n_neurons), evaluated
-    table,                   # their accuracy, active_fraction, auroc
+    table:pd.DataFrame,      # their accuracy, active_fraction, auroc
     importance:np.ndarray,   # (n_neurons,)
 ) -> list:                   # indices of the picked
     "The offspring that promise most hypervolume; one that is known already only if there are no others."

@@ -235,8 +235,11 @@ def plot_hypervolume(
         ax.plot(evaluations, curves.T, color="C0", linewidth=0.6, alpha=0.7)
     ax.plot(evaluations, np.median(curves, axis=0), color="C0", linewidth=2,
             label=f"median of {len(curves)} runs" if len(curves) > 1 else "run")
-    if initial: ax.axvline(initial, color="0.3", linestyle="--", linewidth=1, label="end of the initial population")
     ax.set(xlabel="evaluations", ylabel="hypervolume", xlim=(0, curves.shape[1]))
+    if initial:
+        ax.axvline(initial, color="0.3", linestyle="--", linewidth=1, label="end of the initial population")
+        lowest, highest = curves[:, initial - 1].min(), curves.max()
+        ax.set_ylim(bottom=max(0, lowest - 0.25 * (highest - lowest) - 0.01))   # what leads up to there depends on its order alone
     ax.legend(loc="lower right")
     return ax
 
