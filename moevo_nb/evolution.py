@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['solver_version', 'operators_trust', 'algorithms', 'array_digest', 'Problem', 'fold_logits', 'measure', 'Evaluator',
            'initial_masks', 'Settings', 'nsga2', 'Pymoo', 'Search', 'evolve', 'stoppable', 'run_names', 'pursue',
-           'reach', 'cluster', 'Random', 'EvoPruneDeepTL']
+           'reach', 'cluster', 'Random', 'EvoPruneDeepTL', 'Normalization', 'AlikeSurvival', 'spea2', 'smsemoa',
+           'agemoea2']
 
 # %% ../nbs/06_evolution.ipynb #cell3
 import hashlib
@@ -19,8 +20,9 @@ from functools import partial
 import joblib
 import numpy as np
 import pandas as pd
-from pymoo.algorithms.moo.age2 import AGEMOEA2
+from pymoo.algorithms.moo.age2 import AGEMOEA2, AGEMOEA2Survival
 from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.algorithms.moo.nsga3 import HyperplaneNormalization
 from pymoo.algorithms.moo.sms import SMSEMOA, LeastHypervolumeContributionSurvival
 from pymoo.algorithms.moo.spea2 import SPEA2, SPEA2Survival
 from pymoo.core.population import Population
@@ -56,6 +58,18 @@ class Problem:
     seed:int = 0             # of the heads' start and batches
     device:str = "cpu"       # where heads are trained, as torch names it
 
+    def __post_init__(self):
+        tables = (("detector", robustness.detectors), ("preset", head.presets), ("encoding", head.encodings))
+        wrong = [f"{name} {getattr(self, name)!r}: one of {', '.join(known)} expected" for name, known in tables if getattr(self, name) not in known]
+        n, width, parts = len(self.features), self.features.shape[1], len(self.folds)
+        if len(self.labels) != n or len(np.unique(self.labels)) < 2: wrong.append(f"{len(self.labels)} labels of {len(np.unique(self.labels))} classes for {n} images: "
+                                                                                  "one an image, of two classes at least, expected")
+        if parts != len(self.ood) or not parts: wrong.append(f"{parts} folds and {len(self.ood)} sets of foreign features: as many of either, at least one, expected")
+        for k, ((train, evaluate), foreign) in enumerate(zip(self.folds, self.ood)):
+            if not len(train) * len(evaluate) * len(foreign) or np.shape(foreign)[1] != width:
+                wrong.append(f"fold {k} has {len(train)} training, {len(evaluate)} evaluation, and foreign images of shape {np.shape(foreign)}: some of each, and {width} features, expected")
+        if wrong: raise ValueError("this cannot be searched:\n" + "\n".join(f"- {line}" for line in wrong))
+
     @property
     def n_classes(self): return int(self.labels.max()) + 1
 
@@ -66,12 +80,12 @@ class Problem:
         "What an evaluation's value depends on, as JSON can write it."
         return dict(data=array_digest(self.features, self.labels), folds=[array_digest(*fold) for fold in self.folds],
                     ood=[array_digest(o) for o in self.ood], detector=self.detector, training=head.presets[self.preset],
-                    encoding=self.encoding, seed=self.seed, solver=[solver_version, self.device.split(":")[0]])
+                    encoding=self.encoding, seed=int(self.seed), solver=[solver_version, self.device.split(":")[0]])
 
-    def importance(self, n_jobs=1):
-        "How much each neuron matters to unpruned heads, (n_neurons,), as `guidance.importance`: from the folds' training images alone."
-        heads = next(self.fit(np.ones((1, self.n_neurons), bool), n_jobs))
-        return guidance.importance(heads, self.features.shape[1], self.n_classes, self.encoding, self.seed)
+    def importance(self):
+        "How much what passes through each neuron differs between training images, (n_neurons,), as `guidance.importance`."
+        training = np.unique(np.concatenate([train for train, _ in self.folds]))
+        return guidance.importance(self.features[training], self.n_classes, self.encoding, self.seed)
 
     def fit(self, masks, n_jobs=1):
         "Yields, for each mask, its heads: one a fold."
@@ -84,7 +98,8 @@ def fold_logits(
     heads:list,      # a `Head` for each fold
 ) -> list:           # (logits of the evaluation images, logits of the foreign images) of each fold
     "What trained heads say of images that they have not seen."
-    return [(h.logits(problem.features[evaluate]), h.logits(ood)) for h, (_, evaluate), ood in zip(heads, problem.folds, problem.ood)]
+    with head.numeric_libraries().limit(limits=1):   # so that no bit depends on how many threads there are
+        return [(h.logits(problem.features[evaluate]), h.logits(ood)) for h, (_, evaluate), ood in zip(heads, problem.folds, problem.ood)]
 
 def measure(
     problem:Problem,
@@ -118,6 +133,8 @@ class Evaluator:
         masks:np.ndarray,   # bool (n_masks, n_neurons)
     ) -> pd.DataFrame:      # accuracy, active_fraction, auroc: a row a mask, in order
         "The objectives of masks."
+        if np.ndim(masks) != 2 or not len(masks) or np.shape(masks)[1] != self.problem.n_neurons:
+            raise ValueError(f"masks have shape {np.shape(masks)}; expected (n_masks, {self.problem.n_neurons}), at least one.")
         unknown = {to_hex(m): m for m in masks if self.store.find(self.key, m) is None}
         if unknown: self.train(np.array([*unknown.values()], bool))
         return pd.DataFrame([self.store.find(self.key, m) for m in masks])[["accuracy", "active_fraction", "auroc"]]
@@ -179,11 +196,10 @@ def nsga2(**settings):
 
 class Pymoo:
     "Steps of an algorithm of pymoo's."
-    n_candidates = 100   # offspring that an informed search picks from
-
     def __init__(self, make, settings):
         s = self.settings = settings
-        self.algorithm = make(pop_size=s.pop_size, n_offsprings=s.n_offsprings if s.importance is None else self.n_candidates,
+        candidates = max(100, 10 * s.n_offsprings)   # that an informed search picks from
+        self.algorithm = make(pop_size=s.pop_size, n_offsprings=s.n_offsprings if s.importance is None else candidates,
                               sampling=s.draw(s.pop_size), eliminate_duplicates=False, **s.operators())
         self.algorithm.setup(PymooProblem(n_var=s.n_neurons, n_obj=3, vtype=bool), termination=NoTermination(), seed=s.seed)
 
@@ -217,7 +233,12 @@ class Search:
         importance:np.ndarray|None = None,   # of the neurons, as `Problem.importance` gives it; None: the paper's search
     ):
         if algorithm not in algorithms: raise ValueError(f"unknown algorithm {algorithm!r}; known: {', '.join(algorithms)}.")
-        kind = "paper" if importance is None else "informed"
+        wanted = dict(n_neurons=(n_neurons, 1), n_evals=(n_evals, 1), pop_size=(pop_size, 2), n_offsprings=(n_offsprings, 1), seed=(seed, 0))
+        for name, (value, least) in wanted.items():
+            if not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f"{name} = {value!r}: a whole number, at least {least}, expected.")
+        if importance is not None and (np.shape(importance) != (n_neurons,) or not (np.isfinite(importance) & (np.asarray(importance) >= 0)).all()):
+            raise ValueError(f"importance must be {n_neurons} finite numbers, none negative, as `Problem.importance` gives them.")
+        kind = "paper" if importance is None else f"informed {array_digest(importance)[:8]}"
         self.name = f"{kind} {algorithm} population {pop_size} + {n_offsprings}, seed {seed}"
         self.left, self.masks, self.tables = n_evals, [], []
         self.steps = algorithms[algorithm](Settings(n_neurons, pop_size, n_offsprings, seed, importance))
@@ -293,6 +314,7 @@ def pursue(
     on_step:Callable|None = None,   # called after each step with the searches
 ) -> list:                          # as `evolve` gives it
     "Run searches to their end, so that they can be stopped at any moment and gone on with."
+    if resume not in ("auto", "must"): raise ValueError(f"resume = {resume!r}: 'auto' or 'must' expected.")
     store, names, settings = evaluator.store, dict(zip(searches, run_names(evaluator, searches))), settings or {}
     total = sum(s.left for s in searches)
     if resume == "must" and all(store.history(name).empty for name in names.values()):
@@ -380,11 +402,33 @@ class EvoPruneDeepTL:
         best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.settings.pop_size]
         self.population, self.fitness = masks[best], fitness.iloc[best]
 
-# %% ../nbs/06_evolution.ipynb #cell50
-algorithms |= {   # SPEA2 and SMS-EMOA would share one survival among all runs of a process, were it not given
-    "spea2": partial(Pymoo, lambda **s: SPEA2(survival=SPEA2Survival(normalize=True), **s)),
-    "smsemoa": partial(Pymoo, lambda **s: SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **s)),
-    "agemoea2": partial(Pymoo, AGEMOEA2),
+# %% ../nbs/06_evolution.ipynb #cell51
+class Normalization(HyperplaneNormalization):
+    "Of SPEA2, also where an objective has one value."
+    def update(self, F, nds=None):
+        super().update(F, nds)
+        self.nadir_point = np.where(self.nadir_point > self.ideal_point, self.nadir_point, self.ideal_point + 1)
+
+class AlikeSurvival(AGEMOEA2Survival):
+    "Of AGE-MOEA-II, also where a whole front is one point."
+    def survival_score(self, front, ideal_point):
+        if np.ptp(front, axis=0).max() > 1e-9: return super().survival_score(front, ideal_point)
+        return np.zeros(len(front)), 1, front.max(axis=0)
+
+def spea2(**settings):
+    algorithm = SPEA2(survival=SPEA2Survival(normalize=True), **settings)
+    algorithm.survival.norm = Normalization(3)
+    return algorithm
+
+def smsemoa(**settings): return SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **settings)
+
+def agemoea2(**settings):
+    algorithm = AGEMOEA2(**settings)
+    algorithm.survival = AlikeSurvival()
+    return algorithm
+
+algorithms |= {
+    **{make.__name__: partial(Pymoo, make) for make in (spea2, smsemoa, agemoea2)},
     "random": Random,
     "evoprunedeeptl": EvoPruneDeepTL,
 }
