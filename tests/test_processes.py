@@ -1,4 +1,4 @@
-"What must not depend on the number of processes, nor on whether one of them was killed."
+"What must not depend on the number of processes or threads, nor on whether one of them was killed."
 import os
 import signal
 import subprocess
@@ -8,7 +8,8 @@ import numpy as np
 
 from moevo_nb.backbone import extract
 from moevo_nb.data import load
-from moevo_nb.head import fit_heads
+from moevo_nb.evolution import Problem, fold_logits
+from moevo_nb.head import fit_heads, numeric_libraries
 
 search = """
 import sys
@@ -55,3 +56,13 @@ def test_heads_do_not_depend_on_the_number_of_processes():
         for a, b in zip(one, two, strict=True):
             assert all((getattr(a, k) == getattr(b, k)).all() for k in ("inputs", "bias", "losses"))
             assert all((v == w).all() for v, w in zip(a.weights, b.weights, strict=True))
+
+
+def test_logits_and_importance_do_not_depend_on_the_number_of_threads():
+    rng = np.random.default_rng(0)
+    x, y = np.maximum(rng.normal(0, 1, (1000, 640)), 0).astype(np.float32), np.arange(1000) % 4
+    problem = Problem(x, y, [(np.arange(100), np.arange(100, 1000))], [x[:900] + 1], preset="quick", encoding="units")
+    heads, seen = next(problem.fit(np.ones((1, 512), bool))), []
+    for threads in (1, 2):
+        with numeric_libraries().limit(limits=threads): seen.append([*fold_logits(problem, heads)[0], problem.importance()])
+    for one, two in zip(*seen, strict=True): np.testing.assert_array_equal(one, two)

@@ -16,7 +16,7 @@ row = dict(accuracy=0.8, active_fraction=0.25, auroc=0.9, folds=[[0.7, 0.85], [0
 class Toy(Evaluator):
     "Objectives of a mask without training. Every evaluation is logged when it begins."
     def __init__(self, store, log=None, seconds=0.0):
-        super().__init__(SimpleNamespace(definition=lambda: dict(data="toy")), store)
+        super().__init__(SimpleNamespace(definition=lambda: dict(data="toy"), n_neurons=64), store)
         self.log, self.seconds = log, seconds
 
     def rows(self, masks):
