@@ -317,13 +317,14 @@ def foreign_sets(
     ood:str = "",           # as for `ood_names`
     on_bad:str = "error",   # what to do about unusable files: "error" or "skip"
 ) -> list:
-    "The image sets that foreign images are drawn from. Error: one of those asked for shares images with the set under study."
-    sets = [load(name, on_bad, least=1) for name in ood_names(dataset, ood)]
-    shared = {s.name: len(set(s.contents or ()) & set(images.contents or ())) for s in sets}
-    if ood and any(shared.values()):
-        said = {name: n for name, n in shared.items() if n}
-        raise ValueError(f"not foreign, for they share images with {images.name}: {said}; name other sets.")
-    return [s for s in sets if not shared[s.name]] or [rendered_set(n) for n in rendered]
+    "The image sets that foreign images are drawn from. Error: one of those asked for shares images with the set under study, or with another."
+    sets, shared, seen = [], {}, set(images.contents or ())
+    for found in (load(name, on_bad, least=1) for name in ood_names(dataset, ood)):
+        if both := len(seen & set(found.contents or ())): shared[found.name] = both
+        else: sets.append(found)
+        seen.update(found.contents or ())
+    if ood and shared: raise ValueError(f"these share images with {images.name}, or with a set named before: {shared}; name other sets.")
+    return sets or [rendered_set(n) for n in rendered]
 
 # %% ../nbs/00_data.ipynb #cell53
 protocols = ("paper", "holdout")

@@ -282,7 +282,7 @@ def test_foreign_sets_are_never_the_same_content(home, monkeypatch):
     monkeypatch.setitem(registry.registered, "apple", registry.registered["apple"] | dict(classes=2, images=12))
     assert ood_names("mine") == ["dtd10", "apple"] and ood_names("link") == ["apple"]
     assert [s.name for s in foreign_sets(load("mine"), "mine")] == ["apple"]
-    with pytest.raises(ValueError, match="share images with mine: {'dtd10': 12}"): foreign_sets(load("mine"), "mine", "apple,dtd10")
+    with pytest.raises(ValueError, match="share images with mine, or .*: {'dtd10': 12}"): foreign_sets(load("mine"), "mine", "apple,dtd10")
     assert [len(m) for m in ood_mixture(foreign_sets(load("apple"), "apple"), 5)] == [5]
 
 
