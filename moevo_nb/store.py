@@ -252,7 +252,8 @@ def why_new(
     if not lines:
         was, is_now = (json.loads(next(store.read("definitions", "key = ?", (k,)))[1]) for k in (old_key, key))
         same = "the settings are the same, but not what became of them (other images, features or software)"
-        lines = [f"- {k}: {same}" for k in changed(was, is_now)] or ["- it has not finished any evaluation"]
+        lines = [f"- {k}: {same}" for k in changed(was, is_now)] or [
+            "- it has not finished any evaluation" if store.history(run).empty else "- what the settings do not name"]
     return f"the nearest run in the store {str(store.path)!r} is {run!r}\n" + "\n".join(lines)
 
 # %% ../nbs/05_store.ipynb #cell28
@@ -295,6 +296,7 @@ def copy_runs(
 ):
     "Write the evaluations that some runs asked for to a store of their own."
     path = Path(path)
+    if path.resolve() == Path(store.path).resolve(): raise ValueError(f"{str(path)!r} is the store itself: name another file.")
     partial, marks = path.with_suffix(".partial"), ", ".join("?" * len(runs))
     partial.unlink(missing_ok=True)
     with Store(partial): pass
