@@ -25,7 +25,7 @@ import pandas as pd
 import papermill
 import torch
 
-from . import backbone, data, evolution, head, robustness, store
+from . import backbone, data, evaluation, evolution, head, robustness, store
 
 # %% ../nbs/10_study.ipynb #cell6
 def at_least(n): return (lambda v: v >= n), f"at least {n}"
@@ -91,7 +91,7 @@ def check_parameters(
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not available[p.device]: raise ValueError(f"device {p.device!r} is not available on this machine: use 'cpu'.")
     if p.scheduler and p.device != "cpu": raise ValueError(f"a cluster trains on CPUs: a scheduler needs device 'cpu', not {p.device!r}.")
-    if p.scheduler: evolution.reach(p.scheduler).close()
+    if p.scheduler: evaluation.reach(p.scheduler).close()
     return p
 
 # %% ../nbs/10_study.ipynb #cell11
@@ -195,12 +195,12 @@ def problems_of(
     preset:str = "paper",     # of `head.presets`
     seed:int = 0,             # of splits, foreign images and heads
     n_jobs:int = 1,           # processes
-) -> tuple:                   # what a search sees, what its front is judged on: each an `evolution.Problem`
+) -> tuple:                   # what a search sees, what its front is judged on: each an `evaluation.Problem`
     "A data set with the default backbone and the foreign images at hand."
     images = data.load(dataset)
     foreign = data.foreign_sets(images, dataset)
     features, *others = [backbone.cached_features(s, size=images.image_size, n_jobs=n_jobs) for s in (images, *foreign)]
-    return tuple(evolution.Problem(features, images.labels, [fold[:2] for fold in arranged],
+    return tuple(evaluation.Problem(features, images.labels, [fold[:2] for fold in arranged],
                                    [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in arranged], preset=preset, seed=seed)
                  for arranged in data.arrange(images, foreign, protocol, seed=seed))
 

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from moevo_nb import store
-from moevo_nb.evolution import Evaluator, Problem, Search, cluster, pursue, reach
+from moevo_nb.evaluation import Evaluator, Problem, cluster, reach
+from moevo_nb.evolution import Search, pursue
 from moevo_nb.store import Store
 
 

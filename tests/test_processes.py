@@ -8,13 +8,14 @@ import numpy as np
 
 from moevo_nb.backbone import extract
 from moevo_nb.data import load
-from moevo_nb.evolution import Problem, fold_logits
+from moevo_nb.evaluation import Problem, fold_logits
 from moevo_nb.head import fit_heads, numeric_libraries
 
 search = """
 import sys
 import numpy as np
-from moevo_nb.evolution import Evaluator, Problem, Search, evolve
+from moevo_nb.evaluation import Evaluator, Problem
+from moevo_nb.evolution import Search, evolve
 from moevo_nb.store import Store, to_hex
 rng = np.random.default_rng(0)
 x, y = np.maximum(rng.normal(0, 1, (80, 30)), 0).astype(np.float32), np.arange(80) % 2

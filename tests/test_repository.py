@@ -68,9 +68,9 @@ def test_environment_pins_what_settings_pins():
 
 layers = {  # module: what it may import, as shared/design.md draws it
     "rendering": set(), "registry": set(), "data": {"rendering", "registry"}, "backbone": {"data", "registry"}, "head": set(), "robustness": set(), "pareto": set(), "store": set(),
-    "guidance": {"head", "pareto"}, "evolution": {"head", "robustness", "pareto", "store", "guidance"}, "explain": {"backbone", "head"}, "ensemble": {"head", "robustness"},
+    "guidance": {"head", "pareto"}, "evaluation": {"head", "robustness", "store", "guidance"}, "evolution": {"pareto", "store", "guidance", "evaluation"}, "explain": {"backbone", "head"}, "ensemble": {"head", "robustness"},
     "baselines": {"head", "robustness"},
-    "study": {"rendering", "registry", "data", "backbone", "head", "robustness", "pareto", "store", "guidance", "evolution", "explain", "ensemble",
+    "study": {"rendering", "registry", "data", "backbone", "head", "robustness", "pareto", "store", "guidance", "evaluation", "evolution", "explain", "ensemble",
               "baselines"},
 }
 

@@ -10,7 +10,8 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 from toy import Toy, committed, fork, logged, same, search, wait_for
 
-from moevo_nb.evolution import Evaluator, Problem, Search, pursue, run_names
+from moevo_nb.evaluation import Evaluator, Problem
+from moevo_nb.evolution import Search, pursue, run_names
 from moevo_nb.pareto import merge_fronts
 from moevo_nb.store import Store, hold
 

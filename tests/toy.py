@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from moevo_nb.evolution import Evaluator, Search, pursue
+from moevo_nb.evaluation import Evaluator
+from moevo_nb.evolution import Search, pursue
 from moevo_nb.store import Store, to_hex
 
 weights = np.random.default_rng(0).random((2, 64))
