@@ -66,7 +66,7 @@ def test_environment_pins_what_settings_pins():
     assert dry.returncode == 0 and "Would install" not in dry.stdout, dry.stdout + dry.stderr
 
 
-layers = {  # module: what it may import, as shared/design.md draws it
+layers = {  # module: what it may import
     "rendering": set(), "registry": set(), "data": {"rendering", "registry"}, "backbone": {"data", "registry"}, "head": set(), "robustness": set(), "pareto": set(), "store": set(),
     "guidance": {"head", "pareto"}, "evaluation": {"head", "robustness", "store", "guidance"}, "evolution": {"pareto", "store", "guidance", "evaluation"}, "explain": {"backbone", "head"}, "ensemble": {"head", "robustness"},
     "baselines": {"head", "robustness"},
