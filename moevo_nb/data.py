@@ -329,7 +329,10 @@ def foreign_sets(
 # %% ../nbs/00_data.ipynb #cell53
 protocols = ("paper", "holdout")
 
-def folds_under(protocol, folds):
+def folds_under(
+    protocol:str,   # of `protocols`
+    folds:int,      # asked for
+) -> int:
     "How many folds a protocol has, as `splits` takes it. Errors: several under holdout."
     if protocol == "paper": return folds
     if folds > 1: raise ValueError(f"protocol holdout has one split, not {folds} folds, in which each image trains some head: leave folds at 0.")

@@ -85,8 +85,12 @@ class Problem:
                               head.presets[self.preset], self.encoding, self.seed, n_jobs, self.device)
 
 # %% ../nbs/06_evaluation.ipynb #cell9
-def clumps(n=96, seed=0, **settings):
-    "A problem of n points that takes no time."
+def clumps(
+    n:int = 96,      # points; half of them train
+    seed:int = 0,    # of the points
+    **settings,      # of the `Problem`
+) -> Problem:
+    "A problem whose heads take no time to train."
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     centres = np.c_[rng.normal(0, 2, (3, 12)), np.zeros((3, 12))]

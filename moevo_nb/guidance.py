@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['smallest', 'trusts', 'grid', 'cube', 'importance', 'log_weights', 'draw', 'informed_masks', 'SizedCrossover',
-           'SizedMutation', 'MaskModel', 'kernel', 'fit', 'gains', 'pick']
+           'SizedMutation', 'kernel', 'fit', 'MaskModel', 'gains', 'pick']
 
 # %% ../nbs/05_guidance.ipynb #cell3
 import numpy as np
@@ -69,7 +69,10 @@ def informed_masks(
 # %% ../nbs/05_guidance.ipynb #cell19
 class SizedCrossover(Crossover):
     "Children between their parents' sizes, of their parents' neurons, drawn by importance."
-    def __init__(self, log_weights):
+    def __init__(
+        self,
+        log_weights,   # of the draws, (n_neurons,)
+    ):
         super().__init__(2, 2, prob=1.0)
         self.log_weights = log_weights
 
@@ -105,6 +108,26 @@ class SizedMutation(Mutation):
         return kept | draw(np.where(kept, -np.inf, self.log_weights), size - int(kept.sum()), rng)
 
 # %% ../nbs/05_guidance.ipynb #cell26
+def kernel(
+    gaps:np.ndarray,     # squared distances in log size
+    shared:np.ndarray,   # cosines of the weighted masks, of the same shape
+    length:float,        # in log size
+    part:float,          # of shared neurons
+) -> np.ndarray:         # of the same shape; 1 for a mask and itself
+    "Likeness of masks: by size, and by the neurons that they share."
+    return np.exp(-gaps / (2 * length**2)) * (1 + part * shared) / (1 + part)
+
+def fit(
+    factor:tuple,    # Cholesky factor of the kernel with the noise on its diagonal, as `cho_factor` gives it
+    z:np.ndarray,    # standardised values, (n_masks,)
+) -> dict:
+    "Posterior weights of values, the likeliest variance, and the log likelihood at it."
+    alpha = cho_solve(factor, z)
+    variance = max(z @ alpha / len(z), 1e-12)
+    return dict(factor=factor, alpha=alpha, variance=variance,
+                likelihood=-0.5 * len(z) * np.log(variance) - np.log(np.diag(factor[0])).sum())
+
+# %% ../nbs/05_guidance.ipynb #cell27
 grid = [(length, shared, noise) for length in (0.5, 1.0, 2.0) for shared in (0.25, 1.0, 4.0) for noise in (0.02, 0.1, 0.4)]
 
 class MaskModel:
@@ -118,9 +141,12 @@ class MaskModel:
     ):
         self.weights, self.known = np.sqrt(importance + 1e-3), (masks, values.mean(0), values.std(0) + 1e-9)
         gaps, shared = self.alike(masks)
-        standard, self.fits = (values - self.known[1]) / self.known[2], []
+        standard, self.fits = (values - self.known[1]) / self.known[2], [dict(likelihood=-np.inf)] * values.shape[1]
         kernels = {(length, part): kernel(gaps, shared, length, part) for length, part in {g[:2] for g in grid}}
-        for z in standard.T: self.fits.append(max((fit(kernels[g[:2]], g, z) for g in grid), key=lambda f: f["likelihood"]))
+        for length, part, noise in grid:   # one factor serves all objectives
+            factor = cho_factor(kernels[length, part] + noise * np.eye(len(masks)), lower=True)
+            found = [fit(factor, z) | dict(length=length, part=part) for z in standard.T]
+            self.fits = [max(known, new, key=lambda f: f["likelihood"]) for known, new in zip(self.fits, found)]
 
     def alike(self, masks):
         "Squared distance in log size, and cosine of the weighted masks, (n_masks, n_known)."
@@ -138,25 +164,13 @@ class MaskModel:
         (gaps, shared), (_, centre, scale) = self.alike(masks), self.known
         found = []
         for f in self.fits:
-            k = kernel(gaps, shared, *f["chosen"][:2])
+            k = kernel(gaps, shared, f["length"], f["part"])
             left = 1 - np.einsum("ij,ji->i", k, cho_solve(f["factor"], k.T))
             found.append((k @ f["alpha"], np.sqrt(f["variance"] * np.maximum(left, 0))))
         mean, deviation = np.moveaxis(found, 0, -1)
         return centre + scale * mean, scale * deviation
 
-def kernel(gaps, shared, length, part):
-    "Likeness of masks: by size, and by the neurons that they share."
-    return np.exp(-gaps / (2 * length**2)) * (1 + part * shared) / (1 + part)
-
-def fit(k, chosen, z):
-    "Posterior weights for standardised values, and their log likelihood at the likeliest variance."
-    factor = cho_factor(k + chosen[2] * np.eye(len(z)), lower=True)
-    alpha = cho_solve(factor, z)
-    variance = max(z @ alpha / len(z), 1e-12)
-    likelihood = -0.5 * len(z) * np.log(variance) - np.log(np.diag(factor[0])).sum()
-    return dict(chosen=chosen, factor=factor, alpha=alpha, variance=variance, likelihood=likelihood)
-
-# %% ../nbs/05_guidance.ipynb #cell32
+# %% ../nbs/05_guidance.ipynb #cell33
 cube = qmc.Sobol(3, seed=0).random_base2(12)
 
 def gains(

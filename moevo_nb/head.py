@@ -6,7 +6,7 @@
 __all__ = ['presets', 'n_units', 'encodings', 'epoch_batches', 'n_neurons', 'initial_weights', 'check_mask', 'masked_start',
            'Head', 'EarlyStopping', 'PlainHead', 'fit_plain', 'product', 'WeightLayer', 'OutputLayer', 'PrimalLayer',
            'DualLayer', 'cross_entropy', 'gradients', 'train_layers', 'numeric_libraries', 'build_layers', 'fit_head',
-           'stacked_start', 'stacked_gradients', 'Stack', 'named', 'fit_stacked', 'stacked_head', 'fit_fold',
+           'stacked_start', 'stacked_gradients', 'Stack', 'stacked_head', 'named', 'fit_stacked', 'fit_fold',
            'stack_size', 'fit_heads']
 
 # %% ../nbs/02_head.ipynb #cell3
@@ -240,6 +240,7 @@ class WeightLayer:
     def state(self): return self.w.copy()
     def weights(self, state): return state
 
+# %% ../nbs/02_head.ipynb #cell29
 class OutputLayer(WeightLayer):
     "The last layer; its bias is one more row of weights, whose input is always 1."
     def __init__(self, weights, hole=None):
@@ -257,7 +258,7 @@ class OutputLayer(WeightLayer):
         g[:-1], g[-1] = product(self.x.T, grad), grad.sum(0)
         return g if self.hole is None else g * self.hole
 
-# %% ../nbs/02_head.ipynb #cell32
+# %% ../nbs/02_head.ipynb #cell33
 class PrimalLayer(WeightLayer):
     "The first layer as its weights: cheaper where active neurons are few."
     def __init__(self, x, weights, hole=None):
@@ -295,7 +296,7 @@ class DualLayer:
     def state(self): return self.a.copy()
     def weights(self, state): return self.w0 + product(self.x.T, state)
 
-# %% ../nbs/02_head.ipynb #cell34
+# %% ../nbs/02_head.ipynb #cell35
 def cross_entropy(logits, one_hot):
     "Sum of the images' losses, and the gradient of the mean loss by the logits."
     log_p = torch.log_softmax(torch.from_numpy(logits), 1).numpy()
@@ -316,7 +317,7 @@ def gradients(layers, batch, one_hot):
     for layer, h in zip(layers[:0:-1], active[::-1]): grads.append(layer.backward(grads[-1]) * (h > 0))
     return loss, grads
 
-# %% ../nbs/02_head.ipynb #cell35
+# %% ../nbs/02_head.ipynb #cell36
 def train_layers(
     layers:list,         # PrimalLayer or DualLayer, a WeightLayer for a second hidden one, OutputLayer; changed in place
     labels:np.ndarray,   # int64 (n_images,)
@@ -338,7 +339,7 @@ def train_layers(
         if stop(total / len(labels), lambda: [layer.state() for layer in layers]): break
     return stop
 
-# %% ../nbs/02_head.ipynb #cell36
+# %% ../nbs/02_head.ipynb #cell37
 @lru_cache(maxsize=1)
 def numeric_libraries():
     "The thread pools of this process, looked up once: it takes longer than a short training."
@@ -368,7 +369,7 @@ def fit_head(
         *weights, output = [layer.weights(state) for layer, state in zip(layers, stop.best)]
     return Head(inputs, [*weights, output[:-1]], output[-1], np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
-# %% ../nbs/02_head.ipynb #cell47
+# %% ../nbs/02_head.ipynb #cell48
 def stacked_start(masks, n_features, n_classes, encoding, seed, device):
     "Weights of each layer, (n_heads, n_in, n_out), and factors that keep what is masked at zero (broadcast, or None)."
     weights = initial_weights(n_features, n_classes, encodings[encoding][0], seed)
@@ -393,7 +394,7 @@ def stacked_gradients(x, one_hot, weights, bias):
         if h is not x: grad = (grad @ w.transpose(-1, -2)) * (h > 0)
     return -(log_p * one_hot).sum((1, 2)) / len(x), gradients[::-1], g_bias
 
-# %% ../nbs/02_head.ipynb #cell48
+# %% ../nbs/02_head.ipynb #cell49
 class Stack:
     "Heads in training, stacked: parameters, velocities, what masks keep, and which heads they are."
     def __init__(self, masks, n_features, n_classes, encoding, seed, device):
@@ -417,7 +418,17 @@ class Stack:
         self.parameters, self.velocities = ([t[rest] for t in ts] for ts in (self.parameters, self.velocities))
         self.keep, self.which = [k if k is None else k[rest] for k in self.keep], self.which[~stopped]
 
-# %% ../nbs/02_head.ipynb #cell49
+# %% ../nbs/02_head.ipynb #cell50
+def stacked_head(mask, stop, n_features, encoding, seconds):
+    "One head out of the stack, cut down to what its mask leaves."
+    *weights, bias = (p.cpu().numpy() for p in stop.best)
+    masked, inputs = encodings[encoding][2], np.flatnonzero(mask) if encoding == "features" else np.arange(n_features)
+    for layer, part in zip(masked, np.split(mask, len(masked)) if masked else ()):
+        weights[layer] = weights[layer][part]
+        if layer: weights[layer - 1] = weights[layer - 1][:, part]
+    return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
+
+# %% ../nbs/02_head.ipynb #cell51
 def named(k, mask, function, *args):
     "`function(*args)`, where a divergence names the mask."
     try: return function(*args)
@@ -451,16 +462,7 @@ def fit_stacked(
     share = (perf_counter() - began) / max(1, len(masks))
     return [stacked_head(mask, stop, features.shape[1], encoding, share) for mask, stop in zip(masks, stops)]
 
-def stacked_head(mask, stop, n_features, encoding, seconds):
-    "One head out of the stack, cut down to what its mask leaves."
-    *weights, bias = (p.cpu().numpy() for p in stop.best)
-    masked, inputs = encodings[encoding][2], np.flatnonzero(mask) if encoding == "features" else np.arange(n_features)
-    for layer, part in zip(masked, np.split(mask, len(masked)) if masked else ()):
-        weights[layer] = weights[layer][part]
-        if layer: weights[layer - 1] = weights[layer - 1][:, part]
-    return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
-
-# %% ../nbs/02_head.ipynb #cell53
+# %% ../nbs/02_head.ipynb #cell55
 def fit_fold(which, train, features, labels, *args):
     "`fit_head` on some of the images; number and mask are a pair, for Dask would leave a bare array on one worker."
     k, mask = which

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schema', 'tables', 'columns', 'versions', 'to_hex', 'from_hex', 'software', 'checksum', 'unusable', 'unwritable',
-           'in_words', 'Database', 'Rows', 'Evaluations', 'Store', 'changed', 'why_new', 'only_holder', 'hold',
-           'copy_runs']
+           'in_words', 'Database', 'log_ahead', 'Rows', 'Evaluations', 'Store', 'changed', 'why_new', 'only_holder',
+           'hold', 'copy_runs']
 
 # %% ../nbs/05_store.ipynb #cell3
 import errno
@@ -129,7 +129,16 @@ class Database:
             if self.db.in_transaction: self.execute("rollback")
             raise
 
-# %% ../nbs/05_store.ipynb #cell15
+# %% ../nbs/05_store.ipynb #cell14
+def log_ahead(database):
+    "Switch to a write-ahead log; here, and only here, SQLite does not wait for others by itself."
+    for _ in range(6000):
+        try: return database.execute("pragma journal_mode=wal")
+        except TimeoutError as e: busy = e
+        time.sleep(0.01)
+    raise busy
+
+# %% ../nbs/05_store.ipynb #cell16
 class Rows(Database):
     "The tables; each row is checked whenever it is read."
     def __init__(self, path):
@@ -138,7 +147,7 @@ class Rows(Database):
             self.execute("pragma synchronous=full")
             if not any(self.layout()): self.make()
             self.check()
-            self.log_ahead()
+            log_ahead(self)
         except BaseException:
             self.db.close()
             raise
@@ -147,14 +156,6 @@ class Rows(Database):
         with self.transaction():
             if any(self.layout()): return   # another process was faster
             for statement in schema.split(";"): self.execute(statement)
-
-    def log_ahead(self):
-        "Switch to a write-ahead log; here, and only here, SQLite does not wait for others by itself."
-        for _ in range(6000):
-            try: return self.execute("pragma journal_mode=wal")
-            except TimeoutError as e: busy = e
-            time.sleep(0.01)
-        raise busy
 
     def check(self):
         "Refuse a file of another version, a damaged page, a damaged row."
@@ -175,7 +176,7 @@ class Rows(Database):
         "Add a row; one with the same primary key stays as it is."
         self.execute(f"insert or ignore into {table} values (?{', ?' * len(row)})", (*row, checksum(*row)))
 
-# %% ../nbs/05_store.ipynb #cell19
+# %% ../nbs/05_store.ipynb #cell20
 class Evaluations(Rows):
     "What masks are worth."
     def define(
@@ -208,7 +209,7 @@ class Evaluations(Rows):
         for _, _, *row in self.read("evaluations", "key = ? and mask = ?", (key, to_hex(mask))):
             return {k: json.loads(v) if k in ("folds", "versions") else v for k, v in zip(columns, row)}
 
-# %% ../nbs/05_store.ipynb #cell22
+# %% ../nbs/05_store.ipynb #cell23
 class Store(Evaluations):
     "Finished evaluations and who asked for them, in an SQLite file shared by any number of runs and processes."
     def start(self, run, key, settings):
@@ -234,7 +235,7 @@ class Store(Evaluations):
         rows = [dict(evaluation=i, step=step, mask=mask, **known[mask]) for _, i, step, mask in asked if mask in known]
         return pd.DataFrame(rows, columns=shown)
 
-# %% ../nbs/05_store.ipynb #cell25
+# %% ../nbs/05_store.ipynb #cell26
 def changed(old, new):
     "The names under which two dictionaries differ."
     return [k for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -256,7 +257,7 @@ def why_new(
             "- it has not finished any evaluation" if store.history(run).empty else "- what the settings do not name"]
     return f"the nearest run in the store {str(store.path)!r} is {run!r}\n" + "\n".join(lines)
 
-# %% ../nbs/05_store.ipynb #cell28
+# %% ../nbs/05_store.ipynb #cell29
 @contextmanager
 def only_holder(
     file:str|Path,   # lock file, made if missing
@@ -287,7 +288,7 @@ def hold(
             locks.enter_context(only_holder(Path(store.path).parent / "locks" / f"{checksum(run)}.lock", f"run {run!r}"))
         yield
 
-# %% ../nbs/05_store.ipynb #cell31
+# %% ../nbs/05_store.ipynb #cell32
 def copy_runs(
     store:Store,
     runs:list,                 # names of runs

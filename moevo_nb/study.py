@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['anything', 'parameters', 'figures', 'versions', 'published', 'at_least', 'one_of', 'only', 'nearest', 'problems',
-           'check_parameters', 'write_whole', 'git_commit', 'Run', 'Progress', 'run_notebook', 'problems_of',
-           'read_results']
+           'check_parameters', 'write_whole', 'git_commit', 'results_folder', 'Run', 'Progress', 'run_notebook',
+           'problems_of', 'read_results']
 
 # %% ../nbs/10_study.ipynb #cell3
 import difflib
@@ -113,22 +113,26 @@ figures = "hypervolume attainment front picks magnitude neurons cams pointing en
 versions = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "captum", "pandas", "pillow")
 
 # %% ../nbs/10_study.ipynb #cell12
+def results_folder(p):
+    "Where the results of a run go, made if missing. Errors: it is the cache, it cannot be written."
+    folder = Path(p.out_dir or Path("runs", Path(p.dataset).expanduser().resolve().name)).expanduser()
+    if folder.resolve() == backbone.cache_folder().resolve():
+        raise ValueError(f"out_dir {str(folder)!r} is the cache, whose store would be replaced: name a folder of your own.")
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "figures" / ".writable", "")
+        (folder / "figures" / ".writable").unlink()
+    except OSError as e: raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): name a folder of your own.") from None
+    return folder
+
+# %% ../nbs/10_study.ipynb #cell13
 class Run:
     "The folder of one run, its figures and timings, and at its end `result.json`."
     def __init__(
         self,
         p:SimpleNamespace,   # the parameters
     ):
-        self.p, self.seconds, self.held = p, {}, ExitStack()
-        self.folder = Path(p.out_dir or Path("runs", Path(p.dataset).expanduser().resolve().name)).expanduser()
-        if self.folder.resolve() == backbone.cache_folder().resolve():
-            raise ValueError(f"out_dir {str(self.folder)!r} is the cache, whose store would be replaced: name a folder of your own.")
-        try:
-            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / "figures" / ".writable", "")
-            (self.folder / "figures" / ".writable").unlink()
-        except OSError as e:
-            raise ValueError(f"out_dir {str(self.folder)!r} cannot be written ({e.strerror}): name a folder of your own.") from None
+        self.p, self.seconds, self.held, self.folder = p, {}, ExitStack(), results_folder(p)
 
     def start(self):
         "Take away what an earlier run has left, and nothing else, and hold the folder until `finish`. Errors: another process holds it."
@@ -157,7 +161,7 @@ class Run:
         write_whole(self.folder / "result.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
         self.held.close()
 
-# %% ../nbs/10_study.ipynb #cell15
+# %% ../nbs/10_study.ipynb #cell16
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(self, what, total, every=2.0):
@@ -174,7 +178,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {total} {self.what}, {left}{more()}")
 
-# %% ../nbs/10_study.ipynb #cell18
+# %% ../nbs/10_study.ipynb #cell19
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -188,7 +192,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/10_study.ipynb #cell21
+# %% ../nbs/10_study.ipynb #cell22
 def problems_of(
     dataset:str,              # as the experiment takes it
     protocol:str = "paper",   # of `data.protocols`
@@ -204,7 +208,7 @@ def problems_of(
                                    [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in arranged], preset=preset, seed=seed)
                  for arranged in data.arrange(images, foreign, protocol, seed=seed))
 
-# %% ../nbs/10_study.ipynb #cell23
+# %% ../nbs/10_study.ipynb #cell24
 published = pd.DataFrame({   # hypervolume with reference point (1, 1, 1), and accuracy
     "srsmas": (0.8383, 0.8789), "leaves": (0.8495, 0.9412), "cataract": (0.6256, 0.7603),
     "painting": (0.9272, 0.9544), "plants": (0.3343, 0.4788), "rps": (0.8657, 1.0000)}, index=["hypervolume", "best_accuracy"]).T
