@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['schedules', 'neuron_magnitudes', 'magnitude_masks', 'MagnitudePruning', 'fit_pruned']
 
-# %% ../nbs/09_baselines.ipynb #cell3
+# %% ../nbs/09_baselines.ipynb #c003
 import numpy as np
 import torch
 
 from .head import Head, fit_plain, presets
 
-# %% ../nbs/09_baselines.ipynb #cell6
+# %% ../nbs/09_baselines.ipynb #c006
 def neuron_magnitudes(
     head:Head,          # trained without a mask
     encoding:str = "features",
@@ -20,18 +20,18 @@ def neuron_magnitudes(
     return np.linalg.norm(head.weights[0], axis=1 if encoding == "features" else 0)
 
 def magnitude_masks(
-    head:Head,               # trained without a mask
+    heads:list,              # trained without a mask, one a fold
     fractions:list,          # active fractions, each in [0, 1]
     encoding:str = "features",
-) -> np.ndarray:             # bool (n_fractions, n_neurons)
-    "Masks of the neurons with the largest weights; ties go to the lower index."
-    scores = neuron_magnitudes(head, encoding)
-    rank = np.argsort(np.argsort(-scores, kind="stable"))
-    sizes = [round(f * len(scores)) for f in fractions if 0 <= f <= 1]
+) -> np.ndarray:             # bool (n_fractions, n_folds, n_neurons)
+    "Masks of the neurons with the largest weights in each fold's own head; ties go to the lower index."
+    scores = np.array([neuron_magnitudes(head, encoding) for head in heads])
+    rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    sizes = [round(f * scores.shape[1]) for f in fractions if 0 <= f <= 1]
     if len(sizes) < len(fractions): raise ValueError(f"active fractions must lie in [0, 1], these are {list(fractions)}.")
-    return rank < np.array(sizes)[:, None]
+    return rank < np.array(sizes)[:, None, None]
 
-# %% ../nbs/09_baselines.ipynb #cell9
+# %% ../nbs/09_baselines.ipynb #c011
 schedules = {
     # share of the final sparsity, given the share of the training that has passed
     "constant": lambda passed: 1.0,
@@ -53,7 +53,7 @@ class MagnitudePruning:
             self.kept = torch.ones_like(hidden.weight).flatten().index_fill_(0, order[:dropped], 0).view_as(hidden.weight)
         hidden.weight *= self.kept
 
-# %% ../nbs/09_baselines.ipynb #cell12
+# %% ../nbs/09_baselines.ipynb #c014
 def fit_pruned(
     features:np.ndarray,              # float32 (n_images, n_features)
     labels:np.ndarray,                # int64 (n_images,)

@@ -6,10 +6,10 @@
 __all__ = ['presets', 'n_units', 'encodings', 'epoch_batches', 'n_neurons', 'initial_weights', 'check_mask', 'masked_start',
            'Head', 'EarlyStopping', 'PlainHead', 'fit_plain', 'product', 'WeightLayer', 'OutputLayer', 'PrimalLayer',
            'DualLayer', 'cross_entropy', 'gradients', 'train_layers', 'numeric_libraries', 'build_layers', 'fit_head',
-           'stacked_start', 'stacked_gradients', 'Stack', 'stacked_head', 'named', 'fit_stacked', 'fit_fold',
+           'stacked_start', 'stacked_gradients', 'Stack', 'stacked_head', 'named', 'fit_stacked', 'by_fold', 'fit_fold',
            'stack_size', 'fit_heads']
 
-# %% ../nbs/02_head.ipynb #cell3
+# %% ../nbs/02_head.ipynb #c003
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from scipy.linalg import blas
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
-# %% ../nbs/02_head.ipynb #cell6
+# %% ../nbs/02_head.ipynb #c006
 presets = {
     "paper": dict(epochs=600, learning_rate=1e-3, decay=1e-6, momentum=0.9, batch_size=32, patience=10, min_delta=1e-5),
     "quick": dict(epochs=50, learning_rate=1.2e-2, decay=1e-6, momentum=0.9, batch_size=32, patience=10, min_delta=1e-5),
@@ -42,7 +42,7 @@ def epoch_batches(
         order = rng.permutation(n_images)
         yield [order[i:i + batch_size] for i in range(0, n_images, batch_size)]
 
-# %% ../nbs/02_head.ipynb #cell9
+# %% ../nbs/02_head.ipynb #c009
 encodings = {
     # encoding: (hidden layers, length of a mask given the numbers of features and of classes, what it masks:
     #            0 the inputs, 1 and 2 the units of the first and second hidden layer)
@@ -63,7 +63,7 @@ def n_neurons(
     if encoding not in encodings: raise ValueError(f"unknown encoding {encoding!r}; known: {', '.join(encodings)}.")
     return encodings[encoding][1](n_features, n_classes)
 
-# %% ../nbs/02_head.ipynb #cell12
+# %% ../nbs/02_head.ipynb #c012
 @lru_cache(maxsize=4)
 def initial_weights(
     n_features:int,
@@ -77,7 +77,7 @@ def initial_weights(
     for w in weights: w.setflags(write=False)
     return tuple(weights)
 
-# %% ../nbs/02_head.ipynb #cell14
+# %% ../nbs/02_head.ipynb #c014
 def check_mask(mask, n_features, n_classes, encoding):
     "`ValueError` unless a mask has as many neurons as its encoding asks for."
     wanted = n_neurons(n_features, n_classes, encoding)
@@ -101,7 +101,7 @@ def masked_start(
     for layer, part in zip(masked, np.split(mask, len(masked))): kept[layer] = np.flatnonzero(part)
     return kept[0], [np.ascontiguousarray(w[np.ix_(rows, columns)]) for w, rows, columns in zip(weights, kept, kept[1:])], None
 
-# %% ../nbs/02_head.ipynb #cell17
+# %% ../nbs/02_head.ipynb #c017
 @dataclass(frozen=True)
 class Head:
     "A trained head: what a mask left, and the course of its training."
@@ -118,7 +118,7 @@ class Head:
         for w in hidden: h = np.maximum(h @ w, 0)
         return h @ self.weights[-1] + self.bias
 
-# %% ../nbs/02_head.ipynb #cell18
+# %% ../nbs/02_head.ipynb #c018
 class EarlyStopping:
     "Keeps the weights of the best epoch, and says when the loss has stopped falling."
     def __init__(self, patience, min_delta):
@@ -136,7 +136,7 @@ class EarlyStopping:
             self.best, self.best_loss, self.best_epoch = weights(), loss, len(self.losses) - 1
         return len(self.losses) - 1 - self.best_epoch >= self.patience
 
-# %% ../nbs/02_head.ipynb #cell21
+# %% ../nbs/02_head.ipynb #c021
 class PlainHead(nn.Module):
     "The head in PyTorch: linear layers, ReLU between them, a bias at the last one only."
     def __init__(self, weights, holes, dtype):
@@ -160,7 +160,7 @@ class PlainHead(nn.Module):
         "Weights and bias as they are now, as arrays."
         return [w.detach().cpu().numpy().T.copy() for w in self.weights()], self.layers[-1].bias.detach().cpu().numpy().copy()
 
-# %% ../nbs/02_head.ipynb #cell22
+# %% ../nbs/02_head.ipynb #c022
 def fit_plain(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -193,7 +193,7 @@ def fit_plain(
         if stop(total / len(x), model.copy): break
     return Head(inputs, *stop.best, np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
-# %% ../nbs/02_head.ipynb #cell25
+# %% ../nbs/02_head.ipynb #c025
 def product(
     x:np.ndarray,   # (n_batch, n_in)
     w:np.ndarray,   # (n_in, n_out)
@@ -202,7 +202,7 @@ def product(
     if x.dtype != np.float32 or x.size * w.shape[1] < 1e6 or not torch.backends.mkldnn.is_available(): return x @ w
     return torch.ops.mkldnn._linear_pointwise.default(torch.from_numpy(x), torch.from_numpy(w.T), None, "none", [], "").numpy()
 
-# %% ../nbs/02_head.ipynb #cell28
+# %% ../nbs/02_head.ipynb #c028
 class WeightLayer:
     "A layer as its weights."
     def __init__(self, weights, hole=None):
@@ -240,7 +240,7 @@ class WeightLayer:
     def state(self): return self.w.copy()
     def weights(self, state): return state
 
-# %% ../nbs/02_head.ipynb #cell29
+# %% ../nbs/02_head.ipynb #c029
 class OutputLayer(WeightLayer):
     "The last layer; its bias is one more row of weights, whose input is always 1."
     def __init__(self, weights, hole=None):
@@ -258,7 +258,7 @@ class OutputLayer(WeightLayer):
         g[:-1], g[-1] = product(self.x.T, grad), grad.sum(0)
         return g if self.hole is None else g * self.hole
 
-# %% ../nbs/02_head.ipynb #cell33
+# %% ../nbs/02_head.ipynb #c033
 class PrimalLayer(WeightLayer):
     "The first layer as its weights: cheaper where active neurons are few."
     def __init__(self, x, weights, hole=None):
@@ -296,7 +296,7 @@ class DualLayer:
     def state(self): return self.a.copy()
     def weights(self, state): return self.w0 + product(self.x.T, state)
 
-# %% ../nbs/02_head.ipynb #cell35
+# %% ../nbs/02_head.ipynb #c035
 def cross_entropy(logits, one_hot):
     "Sum of the images' losses, and the gradient of the mean loss by the logits."
     log_p = torch.log_softmax(torch.from_numpy(logits), 1).numpy()
@@ -317,7 +317,7 @@ def gradients(layers, batch, one_hot):
     for layer, h in zip(layers[:0:-1], active[::-1]): grads.append(layer.backward(grads[-1]) * (h > 0))
     return loss, grads
 
-# %% ../nbs/02_head.ipynb #cell36
+# %% ../nbs/02_head.ipynb #c036
 def train_layers(
     layers:list,         # PrimalLayer or DualLayer, a WeightLayer for a second hidden one, OutputLayer; changed in place
     labels:np.ndarray,   # int64 (n_images,)
@@ -339,7 +339,7 @@ def train_layers(
         if stop(total / len(labels), lambda: [layer.state() for layer in layers]): break
     return stop
 
-# %% ../nbs/02_head.ipynb #cell37
+# %% ../nbs/02_head.ipynb #c037
 @lru_cache(maxsize=1)
 def numeric_libraries():
     "The thread pools of this process, looked up once: it takes longer than a short training."
@@ -369,7 +369,7 @@ def fit_head(
         *weights, output = [layer.weights(state) for layer, state in zip(layers, stop.best)]
     return Head(inputs, [*weights, output[:-1]], output[-1], np.array(stop.losses), stop.best_epoch, perf_counter() - began)
 
-# %% ../nbs/02_head.ipynb #cell48
+# %% ../nbs/02_head.ipynb #c048
 def stacked_start(masks, n_features, n_classes, encoding, seed, device):
     "Weights of each layer, (n_heads, n_in, n_out), and factors that keep what is masked at zero (broadcast, or None)."
     weights = initial_weights(n_features, n_classes, encodings[encoding][0], seed)
@@ -394,7 +394,7 @@ def stacked_gradients(x, one_hot, weights, bias):
         if h is not x: grad = (grad @ w.transpose(-1, -2)) * (h > 0)
     return -(log_p * one_hot).sum((1, 2)) / len(x), gradients[::-1], g_bias
 
-# %% ../nbs/02_head.ipynb #cell49
+# %% ../nbs/02_head.ipynb #c049
 class Stack:
     "Heads in training, stacked: parameters, velocities, what masks keep, and which heads they are."
     def __init__(self, masks, n_features, n_classes, encoding, seed, device):
@@ -418,7 +418,7 @@ class Stack:
         self.parameters, self.velocities = ([t[rest] for t in ts] for ts in (self.parameters, self.velocities))
         self.keep, self.which = [k if k is None else k[rest] for k in self.keep], self.which[~stopped]
 
-# %% ../nbs/02_head.ipynb #cell50
+# %% ../nbs/02_head.ipynb #c050
 def stacked_head(mask, stop, n_features, encoding, seconds):
     "One head out of the stack, cut down to what its mask leaves."
     *weights, bias = (p.cpu().numpy() for p in stop.best)
@@ -428,7 +428,7 @@ def stacked_head(mask, stop, n_features, encoding, seconds):
         if layer: weights[layer - 1] = weights[layer - 1][:, part]
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/02_head.ipynb #cell51
+# %% ../nbs/02_head.ipynb #c051
 def named(k, mask, function, *args):
     "`function(*args)`, where a divergence names the mask."
     try: return function(*args)
@@ -462,7 +462,13 @@ def fit_stacked(
     share = (perf_counter() - began) / max(1, len(masks))
     return [stacked_head(mask, stop, features.shape[1], encoding, share) for mask, stop in zip(masks, stops)]
 
-# %% ../nbs/02_head.ipynb #cell55
+# %% ../nbs/02_head.ipynb #c055
+def by_fold(masks, n_folds):
+    "Masks with an axis for the folds, (n_masks, n_folds, n_neurons): the same one for all of them unless each has its own."
+    if masks.ndim == 2: return np.repeat(masks[:, None], n_folds, axis=1)
+    if masks.ndim == 3 and masks.shape[1] == n_folds: return masks
+    raise ValueError(f"masks have shape {masks.shape}; expected (n_masks, n_neurons), or (n_masks, {n_folds}, n_neurons) with one for each fold.")
+
 def fit_fold(which, train, features, labels, *args):
     "`fit_head` on some of the images; number and mask are a pair, for Dask would leave a bare array on one worker."
     k, mask = which
@@ -477,7 +483,7 @@ def stack_size(n_features, n_classes, encoding, device):
 def fit_heads(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
-    masks:np.ndarray,                  # bool (n_masks, n_neurons)
+    masks:np.ndarray,                  # bool (n_masks, n_neurons); or (n_masks, n_folds, n_neurons), one for each fold
     n_classes:int,
     folds:list|None = None,            # indices of the training images of each fold; None: one fold, all images
     training:dict = presets["paper"],  # a row of `presets`
@@ -490,15 +496,17 @@ def fit_heads(
     folds, masks, d = folds or [np.arange(len(labels))], np.asarray(masks, bool), features.shape[1]
     if not np.isfinite(features).all(): raise ValueError("features must be finite; find the images that give NaN or infinity.")
     if not (0 <= labels.min() and labels.max() < n_classes): raise ValueError(f"labels must be 0 … {n_classes - 1}.")
-    for mask in masks: check_mask(mask, d, n_classes, encoding)
+    masks = by_fold(masks, len(folds))
+    for mask in masks: check_mask(mask[0], d, n_classes, encoding)
     if device != "cpu":
         size = stack_size(d, n_classes, encoding, device)
         for some in (masks[i:i + size] for i in range(0, len(masks), size)):
-            yield from map(list, zip(*(fit_stacked(features[f], labels[f], some, n_classes, training, encoding, seed, device) for f in folds)))
+            yield from map(list, zip(*(fit_stacked(features[f], labels[f], some[:, k], n_classes, training, encoding, seed, device)
+                                       for k, f in enumerate(folds))))
         return
     heads = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(   # on what `joblib.parallel_config` says; else processes
         joblib.delayed(fit_fold)((k, mask), train, features, labels, n_classes, training, encoding, seed)
-        for k, mask in enumerate(masks) for train in folds)
+        for k, of_folds in enumerate(masks) for mask, train in zip(of_folds, folds))
     try: yield from map(list, zip(*[heads] * len(folds)))   # as many at a time as there are folds
     except CancelledError:
         raise RuntimeError("no worker is left to train heads: start some, and the same command goes on from here.") from None

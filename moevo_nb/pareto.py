@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['objectives', 'losses', 'dominates', 'non_dominated', 'merge_fronts', 'hypervolume_of', 'hypervolume',
            'hypervolume_curve', 'attainment', 'knee', 'picks', 'plot_front', 'plot_hypervolume', 'attained',
-           'plot_attainment']
+           'plot_attainment', 'plot_differences']
 
-# %% ../nbs/04_pareto.ipynb #cell3
+# %% ../nbs/04_pareto.ipynb #c003
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-# %% ../nbs/04_pareto.ipynb #cell6
+# %% ../nbs/04_pareto.ipynb #c006
 objectives = ("accuracy", "active_fraction", "auroc")
 
 def losses(
@@ -30,7 +30,7 @@ def losses(
                          "leave out members that could not be evaluated")
     return np.stack([1 - values[:, 0], values[:, 1], 1 - values[:, 2]], axis=1)
 
-# %% ../nbs/04_pareto.ipynb #cell9
+# %% ../nbs/04_pareto.ipynb #c009
 def dominates(
     a:np.ndarray,  # losses of one member, (n_objectives,)
     b:np.ndarray,  # losses of another
@@ -38,7 +38,7 @@ def dominates(
     "Whether losses `a` dominate losses `b`."
     return bool(np.all(np.less_equal(a, b)) and np.any(np.less(a, b)))
 
-# %% ../nbs/04_pareto.ipynb #cell13
+# %% ../nbs/04_pareto.ipynb #c013
 def non_dominated(
     table:pd.DataFrame,  # a row a member, with the columns in `objectives`
 ) -> np.ndarray:         # (n_members,) bool
@@ -47,7 +47,7 @@ def non_dominated(
     dominated = [np.any((values <= loss).all(axis=1) & (values < loss).any(axis=1)) for loss in values]
     return ~np.array(dominated, dtype=bool)
 
-# %% ../nbs/04_pareto.ipynb #cell17
+# %% ../nbs/04_pareto.ipynb #c017
 def _check_runs(masks, tables):
     "Stop unless every run has a mask a row of its table, all of one length."
     if len(masks) != len(tables) or not len(masks):
@@ -72,7 +72,7 @@ def merge_fronts(
         ["active_fraction", "accuracy", "auroc", "run"], ascending=[True, False, False, True], kind="stable")
     return masks[table.index], table.reset_index(drop=True)
 
-# %% ../nbs/04_pareto.ipynb #cell21
+# %% ../nbs/04_pareto.ipynb #c021
 def hypervolume_of(
     losses:np.ndarray,          # (n_points, 2) or (n_points, 3), to be minimised
     ref_point:tuple=(1, 1, 1),  # worst corner of the box, one number an objective
@@ -92,7 +92,7 @@ def hypervolume_of(
     lowest = np.minimum.accumulate(np.minimum.accumulate(lowest, axis=0), axis=1)
     return float(np.diff(x, append=ref[0]) @ (ref[2] - lowest) @ np.diff(y, append=ref[1]))
 
-# %% ../nbs/04_pareto.ipynb #cell25
+# %% ../nbs/04_pareto.ipynb #c025
 def hypervolume(
     table:pd.DataFrame,                # a row a member, with the columns in `objectives`
     ref_point:tuple=(1.0, 1.0, 1.0),   # worst accepted losses: 1 - accuracy, active fraction, 1 - AUROC
@@ -100,7 +100,7 @@ def hypervolume(
     "Volume of the losses that the members dominate."
     return hypervolume_of(losses(table)[non_dominated(table)], ref_point)
 
-# %% ../nbs/04_pareto.ipynb #cell29
+# %% ../nbs/04_pareto.ipynb #c029
 def hypervolume_curve(
     table:pd.DataFrame,                # every evaluation of a run, in the order asked
     ref_point:tuple=(1.0, 1.0, 1.0),   # worst accepted losses
@@ -114,7 +114,7 @@ def hypervolume_curve(
             front = np.vstack([front[~(loss <= front).all(axis=1)], loss])
     return np.cumsum(gains)
 
-# %% ../nbs/04_pareto.ipynb #cell33
+# %% ../nbs/04_pareto.ipynb #c033
 def attainment(
     tables:list,             # a front a run
     losses_grid:np.ndarray,  # goals as losses, (n_points, 3)
@@ -124,7 +124,7 @@ def attainment(
     reached = [(losses(table)[:, None] <= goals).all(axis=2).any(axis=0) for table in tables]
     return np.mean(reached, axis=0)
 
-# %% ../nbs/04_pareto.ipynb #cell37
+# %% ../nbs/04_pareto.ipynb #c037
 def _first(primary, values):
     "Position of the lowest primary value; ties by active fraction, 1 - accuracy, 1 - AUROC."
     return int(np.lexsort((values[:, 2], values[:, 0], values[:, 1], primary))[0])
@@ -139,7 +139,7 @@ def knee(
     scaled = (values - ideal) / np.where(span > 0, span, 1)
     return _first(np.linalg.norm(scaled, axis=1).round(12), values)
 
-# %% ../nbs/04_pareto.ipynb #cell41
+# %% ../nbs/04_pareto.ipynb #c041
 def picks(
     table:pd.DataFrame,  # a front, a row a member
     reference:dict,      # accuracy, active_fraction and auroc of the unpruned network; a Series will do
@@ -155,7 +155,7 @@ def picks(
     rows.insert(0, "member", [*chosen.values(), -1])
     return rows.set_axis(pd.Index([*chosen, "unpruned"], name="pick"))
 
-# %% ../nbs/04_pareto.ipynb #cell47
+# %% ../nbs/04_pareto.ipynb #c047
 _labels = {"accuracy": "accuracy (%)", "active_fraction": "active neurons (%)", "auroc": "AUROC"}
 
 def _axis_units(table):
@@ -196,7 +196,7 @@ def _draw(ax, members, star, axes, best, limits):
     for side, name in zip("xyz", axes): ax.set(**{f"{side}label": _labels[name]})
     return shown
 
-# %% ../nbs/04_pareto.ipynb #cell48
+# %% ../nbs/04_pareto.ipynb #c048
 def plot_front(
     table:pd.DataFrame,   # a front, a row a member
     reference:dict=None,  # accuracy, active_fraction and auroc of the unpruned network; a Series will do
@@ -221,7 +221,7 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/04_pareto.ipynb #cell53
+# %% ../nbs/04_pareto.ipynb #c053
 def plot_hypervolume(
     curves:np.ndarray,  # hypervolume after each evaluation, (n_runs, n_evals), or (n_evals,) of one run
     ax:plt.Axes=None,   # where to draw; a new figure by default
@@ -243,7 +243,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/04_pareto.ipynb #cell56
+# %% ../nbs/04_pareto.ipynb #c056
 def attained(
     tables:list,              # a front a run
     fractions:np.ndarray,     # active fractions, (n_fractions,)
@@ -269,4 +269,22 @@ def plot_attainment(
         ax.set(xlabel=_labels["active_fraction"], ylabel=_labels[objective], ylim=(values[values > 0].min(), None))
         if bend: _percent_ticks(ax.xaxis, bend)
     axes[0].legend(loc="lower right")
+    return axes
+
+# %% ../nbs/04_pareto.ipynb #c059
+def plot_differences(
+    differences:pd.DataFrame,  # accuracy and auroc minus the unpruned network's, indexed by member and seed
+    axes:np.ndarray=None,      # two axes to draw on; a new figure by default
+) -> np.ndarray:               # the axes drawn on: accuracy in points, and AUROC
+    "What members gain on the unpruned network, under several training seeds."
+    names = differences.index.unique(0)
+    axes = plt.subplots(1, 2, figsize=(7.2, 0.9 + 0.3 * len(names)), sharey=True)[1] if axes is None else axes
+    for ax, objective, scale in zip(axes, ("accuracy", "auroc"), (100, 1)):
+        for y, name in enumerate(names):
+            values = scale * differences.loc[name, objective].to_numpy()
+            ax.plot(values, np.full(len(values), y), "o", ms=4, alpha=0.6, color="C0")
+            ax.plot(values.mean(), y, "|", ms=14, mew=2, color="C1")
+        ax.axvline(0, color="0.4", lw=1)
+        ax.set(yticks=range(len(names)), yticklabels=names, xlabel={"accuracy": "accuracy − unpruned (points)", "auroc": "AUROC − unpruned"}[objective])
+    axes[0].invert_yaxis()
     return axes

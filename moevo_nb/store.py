@@ -7,7 +7,7 @@ __all__ = ['schema', 'tables', 'columns', 'versions', 'to_hex', 'from_hex', 'sof
            'in_words', 'Database', 'log_ahead', 'Rows', 'Evaluations', 'Store', 'changed', 'why_new', 'only_holder',
            'hold', 'copy_runs']
 
-# %% ../nbs/05_store.ipynb #cell3
+# %% ../nbs/05_store.ipynb #c003
 import errno
 import hashlib
 import json
@@ -26,10 +26,10 @@ import pandas as pd
 try: import fcntl
 except ImportError: fcntl = None   # Windows: no lock, so two processes may compute the same run
 
-# %% ../nbs/05_store.ipynb #cell6
+# %% ../nbs/05_store.ipynb #c006
 def to_hex(
-    mask:np.ndarray,   # bool (n_neurons,)
-) -> str:              # a digit for four neurons, the first neuron is the highest bit
+    mask:np.ndarray,   # bool (n_neurons,), or (n_folds, n_neurons)
+) -> str:              # a digit for four neurons, the first neuron is the highest bit; the masks of folds one after the other
     "A mask as hexadecimal digits."
     return np.packbits(mask).tobytes().hex()
 
@@ -41,7 +41,7 @@ def from_hex(
     if len(text) != 2 * -(-n_neurons // 8): raise ValueError(f"{len(text)} hexadecimal digits are not a mask of {n_neurons} neurons.")
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n_neurons).astype(bool)
 
-# %% ../nbs/05_store.ipynb #cell9
+# %% ../nbs/05_store.ipynb #c009
 schema = """
 create table definitions (key text, definition text not null, checksum text not null, primary key (key)) strict, without rowid;
 create table evaluations (
@@ -67,7 +67,7 @@ def checksum(*values):
     "32 hexadecimal digits that change with any of the values."
     return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/05_store.ipynb #cell11
+# %% ../nbs/05_store.ipynb #c011
 def unusable(path, why):
     "The refusal of a store, as an exception to raise."
     return ValueError(f"the store {str(path)!r} cannot be used: {why}. Move it away, with its -wal and -shm if there are such: "
@@ -92,7 +92,7 @@ def in_words(
         return TimeoutError(errno.ETIMEDOUT, "others kept the store busy for a minute: start the same command again", str(path))
     return error if isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)) else unusable(path, str(error)[:80])
 
-# %% ../nbs/05_store.ipynb #cell13
+# %% ../nbs/05_store.ipynb #c013
 class Database:
     "An SQLite file that says in words what is wrong."
     def __init__(
@@ -129,7 +129,7 @@ class Database:
             if self.db.in_transaction: self.execute("rollback")
             raise
 
-# %% ../nbs/05_store.ipynb #cell14
+# %% ../nbs/05_store.ipynb #c014
 def log_ahead(database):
     "Switch to a write-ahead log; here, and only here, SQLite does not wait for others by itself."
     for _ in range(6000):
@@ -138,7 +138,7 @@ def log_ahead(database):
         time.sleep(0.01)
     raise busy
 
-# %% ../nbs/05_store.ipynb #cell16
+# %% ../nbs/05_store.ipynb #c016
 class Rows(Database):
     "The tables; each row is checked whenever it is read."
     def __init__(self, path):
@@ -176,7 +176,7 @@ class Rows(Database):
         "Add a row; one with the same primary key stays as it is."
         self.execute(f"insert or ignore into {table} values (?{', ?' * len(row)})", (*row, checksum(*row)))
 
-# %% ../nbs/05_store.ipynb #cell20
+# %% ../nbs/05_store.ipynb #c020
 class Evaluations(Rows):
     "What masks are worth."
     def define(
@@ -192,7 +192,7 @@ class Evaluations(Rows):
     def add(
         self,
         key:str,
-        mask:np.ndarray,   # bool (n_neurons,)
+        mask:np.ndarray,   # bool (n_neurons,), or (n_folds, n_neurons)
         row:dict,          # accuracy, active_fraction, auroc; `folds`: [accuracy, auroc] of each; epochs; seconds
     ):
         "Keep a finished evaluation, whole or not at all; one that is there already stays."
@@ -203,13 +203,13 @@ class Evaluations(Rows):
     def find(
         self,
         key:str,
-        mask:np.ndarray,   # bool (n_neurons,)
+        mask:np.ndarray,   # as it was added
     ) -> dict|None:        # as it was added, with its versions; None: never evaluated
         "What is known of a mask."
         for _, _, *row in self.read("evaluations", "key = ? and mask = ?", (key, to_hex(mask))):
             return {k: json.loads(v) if k in ("folds", "versions") else v for k, v in zip(columns, row)}
 
-# %% ../nbs/05_store.ipynb #cell23
+# %% ../nbs/05_store.ipynb #c023
 class Store(Evaluations):
     "Finished evaluations and who asked for them, in an SQLite file shared by any number of runs and processes."
     def start(self, run, key, settings):
@@ -235,7 +235,7 @@ class Store(Evaluations):
         rows = [dict(evaluation=i, step=step, mask=mask, **known[mask]) for _, i, step, mask in asked if mask in known]
         return pd.DataFrame(rows, columns=shown)
 
-# %% ../nbs/05_store.ipynb #cell26
+# %% ../nbs/05_store.ipynb #c026
 def changed(old, new):
     "The names under which two dictionaries differ."
     return [k for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -257,7 +257,7 @@ def why_new(
             "- it has not finished any evaluation" if store.history(run).empty else "- what the settings do not name"]
     return f"the nearest run in the store {str(store.path)!r} is {run!r}\n" + "\n".join(lines)
 
-# %% ../nbs/05_store.ipynb #cell29
+# %% ../nbs/05_store.ipynb #c029
 @contextmanager
 def only_holder(
     file:str|Path,   # lock file, made if missing
@@ -288,7 +288,7 @@ def hold(
             locks.enter_context(only_holder(Path(store.path).parent / "locks" / f"{checksum(run)}.lock", f"run {run!r}"))
         yield
 
-# %% ../nbs/05_store.ipynb #cell32
+# %% ../nbs/05_store.ipynb #c032
 def copy_runs(
     store:Store,
     runs:list,                 # names of runs

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['anything', 'parameters', 'figures', 'versions', 'published', 'at_least', 'one_of', 'only', 'nearest', 'problems',
-           'check_parameters', 'write_whole', 'git_commit', 'results_folder', 'Run', 'Progress', 'run_notebook',
-           'problems_of', 'read_results']
+           'check_parameters', 'write_whole', 'git_commit', 'results_folder', 'flat', 'Run', 'Progress', 'run_notebook',
+           'problems_of', 'weights_of', 'read_results']
 
-# %% ../nbs/10_study.ipynb #cell3
+# %% ../nbs/10_study.ipynb #c003
 import difflib
 import json
 import os
@@ -27,7 +27,7 @@ import torch
 
 from . import backbone, data, evaluation, evolution, head, robustness, store
 
-# %% ../nbs/10_study.ipynb #cell6
+# %% ../nbs/10_study.ipynb #c006
 def at_least(n): return (lambda v: v >= n), f"at least {n}"
 def one_of(*names): return (lambda v: v in names), f"one of {', '.join(map(repr, names))}"
 def only(value): return (lambda v: v == value), f"{value!r}, the only one available so far"
@@ -61,7 +61,7 @@ parameters = {
     "out_dir":      (str, anything, "folder for the results; '': runs/<dataset>"),
 }
 
-# %% ../nbs/10_study.ipynb #cell8
+# %% ../nbs/10_study.ipynb #c008
 def nearest(name, known):
     near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
@@ -94,7 +94,7 @@ def check_parameters(
     if p.scheduler: evaluation.reach(p.scheduler).close()
     return p
 
-# %% ../nbs/10_study.ipynb #cell11
+# %% ../nbs/10_study.ipynb #c011
 def write_whole(
     path:Path,
     text:str,
@@ -109,10 +109,10 @@ def git_commit():
     try: return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
-figures = "hypervolume attainment front picks magnitude neurons cams pointing ensembles".split()
+figures = "hypervolume attainment front picks ood seeds magnitude neurons cams pointing ensembles".split()
 versions = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "captum", "pandas", "pillow")
 
-# %% ../nbs/10_study.ipynb #cell12
+# %% ../nbs/10_study.ipynb #c012
 def results_folder(p):
     "Where the results of a run go, made if missing. Errors: it is the cache, it cannot be written."
     folder = Path(p.out_dir or Path("runs", Path(p.dataset).expanduser().resolve().name)).expanduser()
@@ -125,7 +125,17 @@ def results_folder(p):
     except OSError as e: raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): name a folder of your own.") from None
     return folder
 
-# %% ../nbs/10_study.ipynb #cell13
+# %% ../nbs/10_study.ipynb #c013
+def flat(
+    table:pd.DataFrame,   # with any number of column levels
+) -> dict:                # row name -> column name, or names one inside another -> value
+    "A table as JSON can write it."
+    def nested(row):
+        if not isinstance(row.index, pd.MultiIndex): return row.to_dict()
+        return {name: nested(row[name]) for name in row.index.levels[0]}
+    return {name: nested(row) for name, row in table.iterrows()}
+
+# %% ../nbs/10_study.ipynb #c015
 class Run:
     "The folder of one run, its figures and timings, and at its end `result.json`."
     def __init__(
@@ -161,12 +171,17 @@ class Run:
         write_whole(self.folder / "result.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
         self.held.close()
 
-# %% ../nbs/10_study.ipynb #cell16
+# %% ../nbs/10_study.ipynb #c018
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(self, what, total, every=2.0):
         self.what, self.total, self.every = what, total, every
-        self.began, self.shown = time.perf_counter(), -every
+        self.began, self.shown, self.done = time.perf_counter(), -every, 0
+
+    def step(self):
+        "One more is done."
+        self.done += 1
+        self(self.done)
 
     def __call__(self, done, more=lambda: ""):
         "Show that `done` are done, and behind it what `more()` says."
@@ -178,7 +193,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {total} {self.what}, {left}{more()}")
 
-# %% ../nbs/10_study.ipynb #cell19
+# %% ../nbs/10_study.ipynb #c021
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -192,7 +207,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/10_study.ipynb #cell22
+# %% ../nbs/10_study.ipynb #c024
 def problems_of(
     dataset:str,              # as the experiment takes it
     protocol:str = "paper",   # of `data.protocols`
@@ -208,10 +223,14 @@ def problems_of(
                                    [np.concatenate([f[m] for f, m in zip(others, mixture)]) for *_, mixture in arranged], preset=preset, seed=seed)
                  for arranged in data.arrange(images, foreign, protocol, seed=seed))
 
-# %% ../nbs/10_study.ipynb #cell24
+# %% ../nbs/10_study.ipynb #c026
 published = pd.DataFrame({   # hypervolume with reference point (1, 1, 1), and accuracy
     "srsmas": (0.8383, 0.8789), "leaves": (0.8495, 0.9412), "cataract": (0.6256, 0.7603),
     "painting": (0.9272, 0.9544), "plants": (0.3343, 0.4788), "rps": (0.8657, 1.0000)}, index=["hypervolume", "best_accuracy"]).T
+
+def weights_of(parameters):
+    "What a table says of a run's weights."
+    return Path(parameters["weights"]).name or "pretrained"
 
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
@@ -222,6 +241,7 @@ def read_results(
         found = json.loads(path.read_text())
         if "hypervolume" not in found: continue
         rows.append({**{k: found["parameters"][k] for k in ("dataset", "backbone", "protocol", "search", "preset", "runs")}, "folder": str(path.parent),
+                     "weights": weights_of(found["parameters"]), "folds": len(found["images"]["evaluation"]), "ood_sets": ", ".join(found["ood"][0]),
                      **{k: found[k] for k in ("evaluations", "hypervolume", "front_size")},
                      **{f"best_{k}": v for k, v in found["best"].items()}, **{f"unpruned_{k}": v for k, v in found["unpruned"].items()},
                      "seconds": sum(found["seconds"].values())})

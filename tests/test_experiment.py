@@ -43,7 +43,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert len(front) == result["front_size"]
     assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
     names = {f.stem for f in (out / "figures").glob("*.png")}
-    assert names == {"front", "hypervolume", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
+    assert names == {"front", "hypervolume", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
     assert names <= {f.stem for f in (out / "figures").glob("*.csv")} and (out / "evaluations.sqlite").exists()
 
 
