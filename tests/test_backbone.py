@@ -11,7 +11,8 @@ import torch
 
 from moevo_nb import backbone
 from moevo_nb.backbone import cached_features, load_backbone, load_weights, weights_hash
-from moevo_nb.data import ImageSet, digest
+from moevo_nb.data import ImageSet
+from moevo_nb.system import digest
 
 architectures = {   # name: features as its authors declare them
     "efficientnet_lite0": 1280, "torchvision:resnet18": 512, "torchvision:densenet121": 1024, "torchvision:mobilenet_v3_small": 576,
@@ -96,7 +97,7 @@ def test_a_pickle_is_not_executed(tmp_path):
 def test_no_network_is_said_so(monkeypatch):
     def offline(*args, **kwargs): raise OSError("no route to host")
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(OSError, match="cannot be had .*local file, or 'none'"): backbone.build("timm:resnet10t", own=True)
+    with pytest.raises(OSError, match="cannot be had .*local file, or 'none'"): backbone.build_backbone("timm:resnet10t", own=True)
 
 
 def counted(name, log):

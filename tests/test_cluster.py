@@ -7,9 +7,11 @@ import numpy as np
 import psutil
 import pytest
 
-from moevo_nb import store
-from moevo_nb.evaluation import Evaluator, Problem, cluster, reach
-from moevo_nb.evolution import Search, pursue
+from moevo_nb import store, system
+from moevo_nb.evaluation import Evaluator, Problem, connect_dask, dask_workers
+from moevo_nb.evolution import Search, run_searches
+from moevo_nb.head import presets
+from moevo_nb.operators import BlindVariation
 from moevo_nb.store import Store
 
 
@@ -18,12 +20,12 @@ def small_problem():
     x, y = np.maximum(rng.normal(0, 1, (300, 1000)), 0).astype(np.float32), np.arange(300) % 3
     x[:, :100] += 0.2 * y[:, None]
     halves = np.arange(150), np.arange(150, 300)
-    return Problem(x, y, [halves, halves[::-1]], [x[:40] + 1, x[40:80] + 1], preset="quick")
+    return Problem(x, y, [halves, halves[::-1]], [x[:40] + 1, x[40:80] + 1], training=presets["quick"])
 
 
 def search(problem, on_training=None):
     with Store(":memory:") as kept:
-        return pursue(Evaluator(problem, kept, progress=on_training), [Search(1000, 24, pop_size=8, n_offsprings=4)])[0]
+        return run_searches(Evaluator(problem, kept, progress=on_training), [Search(BlindVariation(1000), 24, pop_size=8, n_offsprings=4)])[0]
 
 
 def count_received():
@@ -56,9 +58,9 @@ def workers():
 def test_features_travel_once_to_each_worker(workers):
     problem = small_problem()
     features = problem.features.nbytes
-    with reach(workers.scheduler_address) as client:
+    with connect_dask(workers.scheduler_address) as client:
         client.run(count_received)
-        with cluster(workers.scheduler_address, problem):
+        with dask_workers(workers.scheduler_address, problem):
             for _ in range(2): search(problem)
             counts = client.run(received).values()
     assert len(counts) == 2 and all(features < n < 1.5 * features for n in counts)
@@ -71,7 +73,7 @@ def test_the_front_does_not_depend_on_a_killed_worker(workers):
         trained.append(None)
         if len(trained) == 10: os.kill(victim, signal.SIGKILL)
 
-    with cluster(workers.scheduler_address, problem): there = search(problem, on_training)
+    with dask_workers(workers.scheduler_address, problem): there = search(problem, on_training)
     assert len(trained) > 20 and not psutil.pid_exists(victim)
     here = search(problem)
     assert (there[0] == here[0]).all() and there[1].equals(here[1])
@@ -79,11 +81,13 @@ def test_the_front_does_not_depend_on_a_killed_worker(workers):
 
 def test_what_cannot_be_a_cluster(workers, monkeypatch):
     with pytest.raises(ValueError, match="no Dask scheduler answers at 'tcp://127.0.0.1:1' within 1 s .*dask worker"):
-        reach("tcp://127.0.0.1:1", timeout=1)
-    version = store.version
+        connect_dask("tcp://127.0.0.1:1", timeout=1)
+    version = system.version
     with monkeypatch.context() as patch:
-        patch.setattr(store, "version", lambda name: "0.0" if name == "torch" else version(name))
+        patch.setattr(system, "version", lambda name: "0.0" if name == "torch" else version(name))
+        store.software.cache_clear()
         with pytest.raises(ValueError, match="worker tcp://.* would compute something else: it has .*here is .*'torch': '0.0'"):
-            with cluster(workers.scheduler_address, small_problem()): pass
+            with dask_workers(workers.scheduler_address, small_problem()): pass
+    store.software.cache_clear()
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ValueError, match=r'pip install "moevo_nb\[cluster\]"'): reach(workers.scheduler_address)
+    with pytest.raises(ValueError, match=r'pip install "moevo_nb\[cluster\]"'): connect_dask(workers.scheduler_address)

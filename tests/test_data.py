@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from moevo_nb import registry
-from moevo_nb.data import folder_set, foreign_sets, load, locate, ood_mixture, ood_names, splits
+from moevo_nb.data import folder_set, ood_sets, load, locate, ood_mixture, ood_names, splits
 from moevo_nb.registry import class_files, download, fetch, unpack
+from moevo_nb.system import import_torchvision
 
 
 def picture(seed, size=8):
@@ -156,8 +157,7 @@ def test_a_half_extracted_set_is_noticed(home, monkeypatch):
 
 def test_dtd_comes_through_torchvision(server, home, monkeypatch):
     url, folder = server
-    registry.declare_torchvision_operators()
-    import torchvision
+    torchvision = import_torchvision()
     content = {f"dtd/images/{c}/{c}_{i}.jpg": picture(10 * k + i) for k, c in enumerate(("banded", "dotted")) for i in range(6)}
     for k, part in enumerate(("train", "val", "test")):
         content[f"dtd/labels/{part}1.txt"] = "".join(f"{c}/{c}_{i}.jpg\n" for c in ("banded", "dotted") for i in (2 * k, 2 * k + 1)).encode()
@@ -173,8 +173,7 @@ def test_dtd_comes_through_torchvision(server, home, monkeypatch):
 def test_flowers102_comes_through_torchvision(server, home, monkeypatch):
     from scipy.io import savemat
     url, folder = server
-    registry.declare_torchvision_operators()
-    import torchvision
+    torchvision = import_torchvision()
     packed(folder / "102flowers.tgz", {f"jpg/image_{i:05d}.jpg": picture(i) for i in range(1, 9)})
     savemat(folder / "imagelabels.mat", {"labels": [1, 1, 1, 1, 2, 2, 2, 2]})
     savemat(folder / "setid.mat", {"trnid": [1, 5], "valid": [2, 6], "tstid": [3, 4, 7, 8]})
@@ -273,7 +272,7 @@ def test_a_split_by_seed_is_stratified(tmp_path):
     assert (splits(images, seed=1)[0][1] == evaluate).all() and (splits(images, seed=2)[0][1] != evaluate).any()
 
 
-def test_foreign_sets_are_never_the_same_content(home, monkeypatch):
+def test_ood_sets_are_never_the_same_content(home, monkeypatch):
     monkeypatch.setitem(registry.registered, "dtd10", registry.registered["dtd10"] | dict(classes=2, images=12))
     fill(home / "dtd10", "ab", 6)
     shutil.copytree(home / "dtd10", home / "mine")
@@ -281,9 +280,9 @@ def test_foreign_sets_are_never_the_same_content(home, monkeypatch):
     fill(home / "apple", "ab", 6, first=500)
     monkeypatch.setitem(registry.registered, "apple", registry.registered["apple"] | dict(classes=2, images=12))
     assert ood_names("mine") == ["dtd10", "apple"] and ood_names("link") == ["apple"]
-    assert [s.name for s in foreign_sets(load("mine"), "mine")] == ["apple"]
-    with pytest.raises(ValueError, match="share images with mine, or .*: {'dtd10': 12}"): foreign_sets(load("mine"), "mine", "apple,dtd10")
-    assert [len(m) for m in ood_mixture(foreign_sets(load("apple"), "apple"), 5)] == [5]
+    assert [s.name for s in ood_sets(load("mine"), "mine")] == ["apple"]
+    with pytest.raises(ValueError, match="share images with mine, or .*: {'dtd10': 12}"): ood_sets(load("mine"), "mine", "apple,dtd10")
+    assert [len(m) for m in ood_mixture(ood_sets(load("apple"), "apple"), 5)] == [5]
 
 
 def test_the_default_mixture_of_a_folder_without_others_is_rendered(home, tmp_path):
@@ -291,7 +290,7 @@ def test_the_default_mixture_of_a_folder_without_others_is_rendered(home, tmp_pa
     assert ood_names(str(tmp_path / "own")) == ["flowers", "foliage", "pebbles", "weaves"]
     fill(tmp_path / "elsewhere", "c", 2, first=50)                            # one class, two images: enough to be foreign
     own = load(str(tmp_path / "own"))
-    assert [s.name for s in foreign_sets(own, str(tmp_path / "own"), str(tmp_path / "elsewhere"))] == ["elsewhere"]
+    assert [s.name for s in ood_sets(own, str(tmp_path / "own"), str(tmp_path / "elsewhere"))] == ["elsewhere"]
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

@@ -8,22 +8,25 @@ import numpy as np
 
 from moevo_nb.backbone import extract
 from moevo_nb.data import load
-from moevo_nb.evaluation import Problem, fold_logits
-from moevo_nb.head import fit_heads, numeric_libraries
+from moevo_nb.evaluation import Problem, fold_outputs
+from moevo_nb.head import fit_heads, presets
+from moevo_nb.operators import importance
+from moevo_nb.system import numeric_libraries
 
 search = """
 import sys
 import numpy as np
 from moevo_nb.evaluation import Evaluator, Problem
 from moevo_nb.evolution import Search, evolve
+from moevo_nb.operators import BlindVariation
 from moevo_nb.store import Store, to_hex
 rng = np.random.default_rng(0)
 x, y = np.maximum(rng.normal(0, 1, (80, 30)), 0).astype(np.float32), np.arange(80) % 2
 x[:, :5] += y[:, None]
-problem = Problem(x, y, [(np.arange(40), np.arange(40, 80))], [x[40:] + 1], preset="paper")
+problem = Problem(x, y, [(np.arange(40), np.arange(40, 80))], [x[40:] + 1])
 with Store(sys.argv[1]) as store:
     evaluate = Evaluator(problem, store, progress=lambda: print("trained", flush=True))
-    (masks, table), = evolve(evaluate, [Search(30, 40, pop_size=10)])
+    (masks, table), = evolve(evaluate, [Search(BlindVariation(30), 40, pop_size=10)])
     print(to_hex(masks.ravel()), table.to_csv())
 """
 
@@ -62,8 +65,10 @@ def test_heads_do_not_depend_on_the_number_of_processes():
 def test_logits_and_importance_do_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(0)
     x, y = np.maximum(rng.normal(0, 1, (1000, 640)), 0).astype(np.float32), np.arange(1000) % 4
-    problem = Problem(x, y, [(np.arange(100), np.arange(100, 1000))], [x[:900] + 1], preset="quick", encoding="units")
+    problem = Problem(x, y, [(np.arange(100), np.arange(100, 1000))], [x[:900] + 1], training=presets["quick"], encoding="units")
     heads, seen = next(problem.fit(np.ones((1, 512), bool))), []
     for threads in (1, 2):
-        with numeric_libraries().limit(limits=threads): seen.append([*fold_logits(problem, heads)[0], problem.importance()])
+        with numeric_libraries().limit(limits=threads): 
+            outputs, = fold_outputs(problem, heads)
+            seen.append([outputs.logits, outputs.ood_logits, outputs.scores, importance(problem.training_images(), 4, "units")])
     for one, two in zip(*seen, strict=True): np.testing.assert_array_equal(one, two)

@@ -11,9 +11,11 @@ from joblib.externals.loky import get_reusable_executor
 from toy import Toy, committed, fork, logged, same, search, wait_for
 
 from moevo_nb.evaluation import Evaluator, Problem
-from moevo_nb.evolution import Search, pursue, run_names
+from moevo_nb.evolution import Search, run_names, run_searches
+from moevo_nb.head import presets
+from moevo_nb.operators import BlindVariation
 from moevo_nb.pareto import merge_fronts
-from moevo_nb.store import Store, hold
+from moevo_nb.store import Store, run_locks
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
@@ -69,16 +71,16 @@ def test_a_signal_stops_within_one_evaluation_and_says_how_to_go_on(tmp_path, nu
 def small_problem():
     rng = np.random.default_rng(0)
     x, y = np.maximum(rng.normal(0, 1, (80, 30)), 0).astype(np.float32), np.arange(80) % 2
-    return Problem(x, y, [(np.arange(40), np.arange(40, 80))], [x[40:] + 1], preset="quick")
+    return Problem(x, y, [(np.arange(40), np.arange(40, 80))], [x[40:] + 1], training=presets["quick"])
 
 
-def run(): return Search(30, 400, pop_size=20, n_offsprings=10)
+def run(): return Search(BlindVariation(30), 400, pop_size=20, n_offsprings=10)
 
 
 def in_two_processes(path, said):
     os.setsid()   # a process group of its own, as in a terminal
     with Store(path) as store:
-        try: pursue(Evaluator(small_problem(), store, n_jobs=2), [run()])
+        try: run_searches(Evaluator(small_problem(), store, n_jobs=2), [run()])
         except KeyboardInterrupt as e: said.write_text(str(e))
 
 
@@ -92,7 +94,7 @@ def test_worker_processes_neither_keep_the_lock_nor_outlive_an_interrupt(tmp_pat
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert any(o.is_running() for o in orphans)
-    with Store(path) as store, hold(store, run_names(Evaluator(small_problem(), store), [run()])): pass
+    with Store(path) as store, run_locks(store, run_names(Evaluator(small_problem(), store), [run()])): pass
 
     n = len(committed(path))
     pid = fork(in_two_processes, path, said)
@@ -117,14 +119,14 @@ def test_two_processes_on_the_same_run(tmp_path):
 
 def test_another_seed_goes_on_beside_it(tmp_path):
     with Store(tmp_path / "one.sqlite") as store:
-        with hold(store, run_names(Toy(store), [Search(64, 200)])):
-            pursue(Toy(store), [Search(64, 40, seed=1)])
-            with pytest.raises(RuntimeError, match=f"process {os.getpid()} "): pursue(Toy(store), [Search(64, 40)])
+        with run_locks(store, run_names(Toy(store), [Search(64, 200)])):
+            run_searches(Toy(store), [Search(64, 40, seed=1)])
+            with pytest.raises(RuntimeError, match=f"process {os.getpid()} "): run_searches(Toy(store), [Search(64, 40)])
 
 
 def test_a_larger_budget_goes_on_and_a_changed_course_is_forgotten(tmp_path):
     with Store(tmp_path / "store.sqlite") as store:
-        run = lambda n, **how: pursue(Toy(store), [Search(64, n, pop_size=20, n_offsprings=10)], **how)[0]
+        run = lambda n, **how: run_searches(Toy(store), [Search(64, n, pop_size=20, n_offsprings=10)], **how)[0]
         with pytest.raises(ValueError, match="nothing to resume: the store '.*' knows no run"): run(31, resume="must")
         short, longer = run(31), run(60, resume="must")
         assert (longer[0][:31] == short[0]).all() and longer[1][:31].equals(short[1])

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from moevo_nb.evaluation import Evaluator
-from moevo_nb.evolution import Search, pursue
+from moevo_nb.evolution import Search, run_searches
+from moevo_nb.operators import BlindVariation
 from moevo_nb.store import Store, to_hex
 
 weights = np.random.default_rng(0).random((2, 64))
@@ -31,7 +32,7 @@ class Toy(Evaluator):
 
 def search(path, log=None, seconds=0.0, n_evals=200, store=Store):
     "Masks and objectives of one run against a store."
-    with store(path) as kept: return pursue(Toy(kept, log, seconds), [Search(64, n_evals, pop_size=20, n_offsprings=10)])[0]
+    with store(path) as kept: return run_searches(Toy(kept, log, seconds), [Search(BlindVariation(64), n_evals, pop_size=20, n_offsprings=10)])[0]
 
 
 def committed(path):
