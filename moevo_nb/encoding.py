@@ -23,7 +23,7 @@ def initial_weights(
     n_classes:int,
     n_layers:int = 1,   # hidden layers
     seed:int = 0,       # the same for every mask
-) -> tuple:             # float32 (n_in, n_out) of each hidden layer and of the output layer, read-only
+) -> tuple:             # float32 (n_in, n_out) of each hidden layer and of the output, read-only
     "Glorot-uniform weights: between ±sqrt(6 / (n_in + n_out))."
     rng = np.random.default_rng([seed, 0])
     sizes = [n_features] + n_layers * [n_units] + [n_classes]
@@ -59,7 +59,7 @@ class NeuronEncoding:
         return kept[0], [np.ascontiguousarray(w) for w in small], None
 
     def weight_factors(self, masks, weights):
-        "Factors on the weights of many heads, for each layer (n_masks, n_in, 1), (n_masks, 1, n_out) or None."
+        "Factors on the weights of many heads: (n_masks, n_in, 1), (n_masks, 1, n_out) or None."
         factors = [None] * len(weights)
         for layer, part in self.by_layer(masks):
             factors[max(0, layer - 1)] = part[:, None, :] if layer else part[:, :, None]
@@ -75,13 +75,13 @@ class NeuronEncoding:
         return inputs, small
 
     def carried(self, deviations, weights):
-        "How much what passes through each neuron differs between images, from the deviations of each layer's signals."
+        "How much the signal of each neuron differs between images, given that of each layer."
         return np.concatenate([deviations[layer] for layer in self.masked])
 
     def magnitudes(self, weights):
         "Norm of the weights that leave an input, or that enter a unit, (n_neurons,)."
-        norms = [np.linalg.norm(weights[max(0, layer - 1)], axis=0 if layer else 1) for layer in self.masked]
-        return np.concatenate(norms)
+        def norms(layer): return np.linalg.norm(weights[max(0, layer - 1)], axis=0 if layer else 1)
+        return np.concatenate([norms(layer) for layer in self.masked])
 
     def targets(self, neurons, n_features, n_classes):
         "What an explanation of each neuron looks at: its layer, and its place in it."
@@ -91,7 +91,7 @@ class NeuronEncoding:
 # %% ../nbs/05_encoding.ipynb #cell12
 @dataclass(frozen=True)
 class ConnectionEncoding:
-    "A mask over the weights of a head with one hidden layer: the hidden layer's row by row, then the output layer's."
+    "A mask over the weights of the hidden layer, row by row, and then of the output layer."
     neurons:str = "connections"   # what the mask switches, for labels
     n_layers:int = 1              # hidden layers of the head
 
@@ -108,7 +108,8 @@ class ConnectionEncoding:
     def masked_init(self, mask, weights):
         "What a mask leaves: all inputs, weights with zeros, and the masks of the weights."
         weight_masks = self.by_weight(mask, weights)
-        return np.arange(len(weights[0])), [w * m for w, m in zip(weights, weight_masks)], weight_masks
+        kept = [w * m for w, m in zip(weights, weight_masks)]
+        return np.arange(len(weights[0])), kept, weight_masks
 
     def weight_factors(self, masks, weights):
         "Factors on the weights of many heads, for each layer (n_masks, n_in, n_out)."
@@ -119,7 +120,7 @@ class ConnectionEncoding:
         return np.arange(len(weights[0])), [*weights]
 
     def carried(self, deviations, weights):
-        "How much what passes through each connection differs between images: |w| times the deviation of its input."
+        "How much the signal of each connection differs between images: |w| times its input's."
         return np.concatenate([(abs(w) * d[:, None]).ravel() for w, d in zip(weights, deviations)])
 
     def magnitudes(self, weights):
@@ -127,9 +128,10 @@ class ConnectionEncoding:
         return np.concatenate([abs(w).ravel() for w in weights])
 
     def targets(self, neurons, n_features, n_classes):
-        "What an explanation of each connection looks at: the layer that it leaves, and its neuron there."
+        "What an explanation of each connection looks at: the layer and the neuron that it leaves."
         first = n_features * n_units   # connections of the hidden layer
-        return [(0, n // n_units) if n < first else (1, (n - first) // n_classes) for n in map(int, neurons)]
+        def left(n): return (0, n // n_units) if n < first else (1, (n - first) // n_classes)
+        return [left(int(n)) for n in neurons]
 
 # %% ../nbs/05_encoding.ipynb #cell14
 encodings = {
@@ -147,7 +149,8 @@ def find_encoding(
 ) -> NeuronEncoding|ConnectionEncoding:
     "The encoding of a name. Error: it is unknown."
     if name in encodings: return encodings[name]
-    raise ValueError(f"unknown encoding {name!r}{did_you_mean(name, encodings)}; known: {', '.join(encodings)}.")
+    hint = did_you_mean(name, encodings)
+    raise ValueError(f"unknown encoding {name!r}{hint}; known: {', '.join(encodings)}.")
 
 # %% ../nbs/05_encoding.ipynb #cell19
 def check_mask(
@@ -158,7 +161,9 @@ def check_mask(
 ):
     "Error: the mask has not as many neurons as its encoding asks for."
     wanted = find_encoding(encoding).n_neurons(n_features, n_classes)
-    if len(mask) != wanted: raise ValueError(f"a mask over {encoding} has {wanted} neurons here, this one has {len(mask)}.")
+    if len(mask) != wanted:
+        raise ValueError(f"a mask over {encoding} has {wanted} neurons here, "
+                         f"this one has {len(mask)}.")
 
 # %% ../nbs/05_encoding.ipynb #cell20
 def masked_init(
@@ -167,7 +172,7 @@ def masked_init(
     n_classes:int,
     encoding:str = "features",   # a key of `encodings`
     seed:int = 0,                # of the initial weights
-) -> tuple:                      # active inputs; weights of each layer; masks of the weights (`connections`) or None
+) -> tuple:                      # active inputs, weights of each layer, masks of these or None
     "What a mask leaves of the initial head."
     check_mask(mask, n_features, n_classes, encoding)
     kind = find_encoding(encoding)

@@ -10,7 +10,7 @@ __all__ = ['algorithms', 'SearchConfig', 'nsga2', 'spea2', 'smsemoa', 'agemoea2'
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,8 +40,8 @@ class SearchConfig:
     pop_size:int = 30                            # masks in the population
     n_offsprings:int = 2                         # masks a step, after the first population
     seed:int = 0
-    surrogate:np.ndarray|None = None             # importance by which a surrogate compares masks, (n_neurons,); None: no surrogate
-    initial:np.ndarray|None = None               # first masks, bool (n_masks, n_neurons); the strategy makes what is missing
+    surrogate:np.ndarray|None = None             # importance in its kernel; None: no surrogate
+    initial:np.ndarray|None = None               # first masks; the strategy makes what is missing
 
     def first_masks(self):
         "The first population, bool (pop_size, n_neurons)."
@@ -61,7 +61,8 @@ class _Normalization(HyperplaneNormalization):
     "The normalisation of SPEA2, also where an objective has one value."
     def update(self, F, nds=None):
         super().update(F, nds)
-        self.nadir_point = np.where(self.nadir_point > self.ideal_point, self.nadir_point, self.ideal_point + 1)
+        flat = self.nadir_point <= self.ideal_point
+        self.nadir_point = np.where(flat, self.ideal_point + 1, self.nadir_point)
 
 # %% ../nbs/13_evolution.ipynb #cell13
 def spea2(**settings):
@@ -94,24 +95,24 @@ class PymooAlgorithm:
     "The steps of an algorithm of pymoo."
     def __init__(
         self,
-        make:Callable,         # pop_size, n_offsprings, sampling, crossover, mutation -> a pymoo algorithm
+        make:Callable,         # makes the algorithm from population, operators and sizes
         config:SearchConfig,
     ):
-        self.config, n_neurons = config, config.variation.n_neurons
-        candidates = config.n_offsprings if config.surrogate is None else max(100, 10 * config.n_offsprings)
+        self.config, variation, n = config, config.variation, config.n_offsprings
+        candidates = n if config.surrogate is None else max(100, 10 * n)
         self.algorithm = make(
-            pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(), eliminate_duplicates=False,
-            crossover=config.variation.crossover(), mutation=config.variation.mutation())
-        binary = PymooProblem(n_var=n_neurons, n_obj=len(objectives), vtype=bool)
+            pop_size=config.pop_size, n_offsprings=candidates, eliminate_duplicates=False,
+            sampling=config.first_masks(), crossover=variation.crossover(), mutation=variation.mutation())
+        binary = PymooProblem(n_var=variation.n_neurons, n_obj=len(objectives), vtype=bool)
         self.algorithm.setup(binary, termination=NoTermination(), seed=config.seed)
 
     def ask(self, masks, table):
         "The next masks, given all that were evaluated."
         self.asked = self.algorithm.ask()
         if len(masks) and self.config.surrogate is not None:
+            n, importance = self.config.n_offsprings, self.config.surrogate
             offspring = self.asked.get("X").astype(bool)
-            chosen = select_offspring(self.config.n_offsprings, offspring, masks, table, self.config.surrogate)
-            self.asked = self.asked[chosen]
+            self.asked = self.asked[select_offspring(n, offspring, masks, table, importance)]
         return self.asked.get("X").astype(bool)
 
     def tell(self, table):
@@ -178,8 +179,24 @@ algorithms = {
 }
 
 # %% ../nbs/13_evolution.ipynb #cell29
+def _check_search(variation, algorithm, numbers, arrays):
+    "Errors: an unknown algorithm, a number out of range, an array for other neurons."
+    if algorithm not in algorithms:
+        hint = did_you_mean(algorithm, algorithms)
+        raise ValueError(f"unknown algorithm {algorithm!r}{hint}; known: {', '.join(algorithms)}.")
+    least = dict(n_evals=1, pop_size=2, n_offsprings=1, seed=0)
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < least[name]:
+            raise ValueError(f"{name} = {value!r}: a whole number, at least {least[name]}, "
+                             "expected.")
+    for name, value in arrays.items():
+        if value is not None and np.shape(value)[-1:] != (variation.n_neurons,):
+            raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons "
+                             "on its last axis are expected.")
+
+# %% ../nbs/13_evolution.ipynb #cell30
 class Search:
-    "One run: a pure function of its seed, of what it goes by, and of the objectives that it is told."
+    "One run: a pure function of its seed, of its settings, and of the objectives that it is told."
     def __init__(
         self,
         variation:BlindVariation|InformedVariation,   # how masks are made and varied
@@ -188,23 +205,19 @@ class Search:
         n_offsprings:int = 2,                # masks a step, after the first population
         seed:int = 0,
         algorithm:str = "nsga2",             # a key of `algorithms`
-        surrogate:np.ndarray|None = None,    # importance by which a surrogate compares masks; None: no surrogate
-        initial:np.ndarray|None = None,      # first masks, bool (n_masks, n_neurons); None: the strategy makes them
+        surrogate:np.ndarray|None = None,    # importance in its kernel; None: no surrogate
+        initial:np.ndarray|None = None,      # first masks; None: the strategy makes them all
     ):
-        if algorithm not in algorithms:
-            raise ValueError(f"unknown algorithm {algorithm!r}{did_you_mean(algorithm, algorithms)}; known: {', '.join(algorithms)}.")
-        least = dict(n_evals=1, pop_size=2, n_offsprings=1, seed=0)
-        for name, value in dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed).items():
-            if not isinstance(value, (int, np.integer)) or value < least[name]:
-                raise ValueError(f"{name} = {value!r}: a whole number, at least {least[name]}, expected.")
-        for name, value in dict(surrogate=surrogate, initial=initial).items():
-            if value is not None and np.shape(value)[-1:] != (variation.n_neurons,):
-                raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons on its last axis are expected.")
-        extras = {"surrogate": surrogate, "first masks": initial}
-        told = [f"{name} {digest(np.asarray(value))[:8]}" for name, value in extras.items() if value is not None]
-        self.name = ", ".join([f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}", *told, f"seed {seed}"])
+        numbers = dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed)
+        arrays = dict(surrogate=surrogate, initial=initial)
+        _check_search(variation, algorithm, numbers, arrays)
+        given = {name: array for name, array in arrays.items() if array is not None}
+        told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
+        course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
+        self.name = ", ".join([course, *told, f"seed {seed}"])
         self.left, self.masks, self.tables = n_evals, [], []
-        self.steps = algorithms[algorithm](SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, initial))
+        config = SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, initial)
+        self.steps = algorithms[algorithm](config)
 
     def ask(self):
         "The masks to evaluate next, bool (n_masks, n_neurons)."
@@ -220,15 +233,16 @@ class Search:
 
     def history(self):
         "Everything that was asked for, in order: masks and table."
-        return (np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)) if self.masks else ([], None)
+        if not self.masks: return [], None
+        return np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)
 
-# %% ../nbs/13_evolution.ipynb #cell38
+# %% ../nbs/13_evolution.ipynb #cell39
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
     on_step:Callable|None = None,   # called after each step with the searches
-    on_ask:Callable|None = None,    # called before a step is evaluated, with the searches in it and the masks of each
-) -> list:                          # (masks, table) of each run: everything that it asked for, in order
+    on_ask:Callable|None = None,    # called before each step with the searches in it and their masks
+) -> list:                          # (masks, table) of each run: all that it asked for, in order
     "Run searches to their end, in lock step."
     while busy := [search for search in searches if search.left]:
         asked = [search.ask() for search in busy]
@@ -240,19 +254,22 @@ def evolve(
         if on_step: on_step(searches)
     return [search.history() for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell43
+# %% ../nbs/13_evolution.ipynb #cell44
 @contextmanager
 def graceful_interrupt(
     message:Callable,   # () -> what to say after the signal's name
 ):
     "A context in which SIGINT and SIGTERM become a `KeyboardInterrupt` that says how to go on."
     received, before = [], {}
+
     def restore():
         for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+
     def stop(number, _):
         received.append(signal.Signals(number).name)
         restore()
         raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():   # no other may handle signals
         for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, stop)
     try: yield
@@ -261,7 +278,7 @@ def graceful_interrupt(
         raise
     finally: restore()
 
-# %% ../nbs/13_evolution.ipynb #cell46
+# %% ../nbs/13_evolution.ipynb #cell47
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -269,21 +286,23 @@ def run_names(
     "The names of runs."
     return [f"{evaluator.key[:16]}: {search.name}" for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell47
+# %% ../nbs/13_evolution.ipynb #cell48
 def run_searches(
     evaluator:Evaluator,
     searches:list,
     settings:dict|None = None,      # of the runs by name, to explain why none can be resumed
-    resume:str = "auto",            # "must": only if the store has finished evaluations of one of these runs
+    resume:str = "auto",            # "must": only if the store has evaluations of one of these runs
     on_step:Callable|None = None,   # called after each step with the searches
 ) -> list:                          # as `evolve` gives it
     "Run searches to their end, so that they can be stopped at any moment and resumed."
-    if resume not in ("auto", "must"): raise ValueError(f"resume = {resume!r}: 'auto' or 'must' expected.")
+    if resume not in ("auto", "must"):
+        raise ValueError(f"resume = {resume!r}: 'auto' or 'must' expected.")
     store, settings = evaluator.store, settings or {}
     names = dict(zip(searches, run_names(evaluator, searches)))
     total = sum(search.left for search in searches)
     if resume == "must" and all(store.history(name).empty for name in names.values()):
-        raise ValueError(f"there is nothing to resume: {explain_mismatch(store, evaluator.key, settings)}")
+        why = explain_mismatch(store, evaluator.key, settings)
+        raise ValueError(f"there is nothing to resume: {why}")
 
     def note(busy, asked):
         with store.transaction():
@@ -291,15 +310,18 @@ def run_searches(
                 store.ask(names[search], len(search.tables), sum(map(len, search.tables)), masks)
 
     def how_far():
-        budgets = {name: search.left + sum(map(len, search.tables)) for search, name in names.items()}
-        done = sum(min(len(store.history(name)), budget) for name, budget in budgets.items())
-        return f"stopped after {done} of {total} evaluations; they are kept: the same command goes on from there"
+        done = 0
+        for search, name in names.items():
+            budget = search.left + sum(map(len, search.tables))
+            done += min(len(store.history(name)), budget)
+        return (f"stopped after {done} of {total} evaluations; they are kept: "
+                "the same command goes on from there")
 
     with run_locks(store, sorted({*names.values()})), graceful_interrupt(how_far):
         for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/13_evolution.ipynb #cell56
+# %% ../nbs/13_evolution.ipynb #cell58
 def search_strategy(
     name:str,            # "paper" or "informed"
     problem:Problem,     # whose training images inform the search

@@ -38,7 +38,7 @@ def log_weights(
     importance:np.ndarray,   # (n_neurons,), mean 1
     exponent:float,          # 0 draws blindly, 1 in proportion to importance
 ) -> np.ndarray:             # (n_neurons,)
-    "Logarithm of what draws are proportional to: (importance + 0.001) to a power, so that no neuron is ruled out."
+    "Logarithm of (importance + 0.001) to a power; so no neuron is ruled out."
     return exponent * np.log(importance + 1e-3)
 
 # %% ../nbs/11_operators.ipynb #cell14
@@ -48,7 +48,8 @@ def sample_mask(
     rng:np.random.Generator,
 ) -> np.ndarray:                 # bool (n_neurons,)
     "A mask of exactly that size, drawn without replacement."
-    if not 0 <= size <= len(log_weights): raise ValueError(f"{size} of {len(log_weights)} neurons cannot be drawn.")
+    if not 0 <= size <= len(log_weights):
+        raise ValueError(f"{size} of {len(log_weights)} neurons cannot be drawn.")
     mask = np.zeros(len(log_weights), bool)
     mask[np.argsort(log_weights + rng.gumbel(size=len(log_weights)))[len(mask) - size:]] = True
     return mask
@@ -87,8 +88,8 @@ class SizedCrossover(Crossover):
         self.log_weights = log_weights
 
     def _do(self, problem, X, *args, random_state=None, **kwargs):
-        families = [[self.child(*pair.astype(bool), random_state) for _ in range(2)] for pair in np.swapaxes(X, 0, 1)]
-        return np.swapaxes(families, 0, 1)
+        def children(pair): return [self.child(*pair.astype(bool), random_state) for _ in range(2)]
+        return np.swapaxes([children(pair) for pair in np.swapaxes(X, 0, 1)], 0, 1)
 
     def child(self, mother, father, rng):
         "One child of two masks, bool (n_neurons,)."
@@ -104,7 +105,7 @@ class SizedMutation(Mutation):
         self,
         log_weights,            # of the draws, (n_neurons,)
         dropped:float = 0.1,    # mean fraction of the neurons that are lost
-        spread:float = 0.2,     # standard deviation of the log of the factor that the size changes by
+        spread:float = 0.2,     # standard deviation of the change in log size
     ):
         super().__init__(prob=1.0)
         self.log_weights, self.dropped, self.spread = log_weights, dropped, spread
@@ -118,7 +119,8 @@ class SizedMutation(Mutation):
         size = int(np.clip(round(before * np.exp(rng.normal(0, self.spread))), 1, len(mask)))
         n_kept = max(0, min(size, int(mask.sum()), before - rng.poisson(self.dropped * before)))
         kept = sample_mask(np.where(mask, self.log_weights, -np.inf), n_kept, rng)
-        return kept | sample_mask(np.where(kept, -np.inf, self.log_weights), size - int(kept.sum()), rng)
+        missing = size - int(kept.sum())
+        return kept | sample_mask(np.where(kept, -np.inf, self.log_weights), missing, rng)
 
 # %% ../nbs/11_operators.ipynb #cell31
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class InformedVariation:
     def __post_init__(self):
         values = np.asarray(self.importance)
         if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values >= 0)).all():
-            raise ValueError("importance must be finite numbers, none negative, (n_neurons,), as `operators.importance` gives them.")
+            raise ValueError("importance must be finite numbers, none negative, (n_neurons,), "
+                             "as `operators.importance` gives them.")
 
     @property
     def n_neurons(self): return len(self.importance)
@@ -144,12 +147,16 @@ class InformedVariation:
         "Masks from nothing, bool (n_masks, n_neurons); another step gives other masks."
         rng = np.random.default_rng([seed, step, 1])
         spread = (np.arange(n_masks) + rng.random(n_masks)) / n_masks
-        sizes = np.round(np.minimum(self.smallest, self.n_neurons)**(1 - spread) * float(self.n_neurons)**spread)
+        smallest = np.minimum(self.smallest, self.n_neurons)
+        sizes = np.round(smallest**(1 - spread) * float(self.n_neurons)**spread)
         return self.sample_sizes(sizes.astype(int), rng)
 
     def sample_sizes(self, sizes, rng):
         "Masks of given sizes from nothing, bool (n_masks, n_neurons)."
-        return np.array([sample_mask(log_weights(self.importance, rng.choice(self.exponents)), size, rng) for size in sizes])
+        def draw(size):
+            exponent = rng.choice(self.exponents)
+            return sample_mask(log_weights(self.importance, exponent), size, rng)
+        return np.array([draw(size) for size in sizes])
 
     def crossover(self): return SizedCrossover(log_weights(self.importance, self.operator_exponent))
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['parameters', 'experiment_figures', 'packages', 'published', 'Parameter', 'parameter_errors', 'make_parameters',
-           'plain_values', 'collect_parameters', 'results_folder', 'Run', 'as_json', 'Progress', 'StudyImages',
-           'load_images', 'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
+           'plain_values', 'collect_parameters', 'course_settings', 'results_folder', 'Run', 'as_json', 'Progress',
+           'SearchProgress', 'StudyImages', 'load_images', 'load_features', 'StudyProblems', 'load_problems',
+           'run_notebook', 'read_results']
 
 # %% ../nbs/22_study.ipynb #cell3
 import json
@@ -26,11 +27,13 @@ import papermill
 import torch
 
 from .backbone import cached_features, weights_file
-from .data import ImageSet, load, locate, n_folds, ood_names, ood_sets, protocol_splits, protocols
+from .data import (
+    ImageSet, load, locate, n_folds, ood_names, ood_sets, protocol_splits, protocols)
 from .encoding import encodings
 from .evaluation import Problem, connect_dask
 from .evolution import algorithms
 from .head import presets
+from .pareto import hypervolume
 from .robustness import detectors
 from .system import cache_folder, did_you_mean, digest, file_lock, versions, write_text
 
@@ -46,7 +49,8 @@ class Parameter:
 # %% ../nbs/22_study.ipynb #cell7
 def _one_of(default, meaning, *names):
     "A parameter that takes some names only."
-    return Parameter(default, meaning, lambda value: value in names, f"one of {', '.join(map(repr, names))}")
+    expected = f"one of {', '.join(map(repr, names))}"
+    return Parameter(default, meaning, lambda value: value in names, expected)
 
 # %% ../nbs/22_study.ipynb #cell8
 def _at_least(default, meaning, least):
@@ -55,74 +59,88 @@ def _at_least(default, meaning, least):
 
 # %% ../nbs/22_study.ipynb #cell9
 parameters = {
-    "dataset": Parameter("flowers", "rendered set, name of a folder under MOEVO_DATA, or path of a folder of class folders"),
-    "ood": Parameter("", 'out-of-distribution sets, separated by commas; "": the others at hand, or the rendered ones'),
-    "backbone": Parameter("efficientnet_lite0", "frozen network that turns images into features; also torchvision:NAME or timm:NAME"),
-    "weights": Parameter("", 'local weights file (.pth, .safetensors); "": the backbone\'s own; "none": random, with a warning'),
-    "image_size": Parameter(0, "pixels; 0: the data set's own", lambda value: value == 0 or value >= 32, "0 or at least 32"),
-    "encoding": _one_of("features", "what a mask switches: the head's inputs; no other is offered here so far", "features"),
-    "detector": _one_of("odin", "score that tells out-of-distribution images apart: odin, msp or energy", *detectors),
-    "protocol": _one_of("paper", "paper: search and report on the same images; holdout: one split, report on unseen images", *protocols),
-    "folds": _at_least(0, "0: as the set is registered; 1: its own split, or a hold-out of 20 %; 2 or more: stratified folds", 0),
-    "preset": _one_of("quick", "quick or paper: training of the heads in the search; the front is retrained under paper", *presets),
-    "search": _one_of("informed", "paper: blind start and operators; informed: by what features and earlier masks say", "informed", "paper"),
-    "algorithm": _one_of("nsga2", "nsga2, spea2, smsemoa, agemoea2, random or evoprunedeeptl", *algorithms),
+    "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
+    "ood": Parameter("", 'out-of-distribution sets, comma-separated; "": those at hand'),
+    "backbone": Parameter(
+        "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
+    "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
+    "image_size": Parameter(
+        0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
+    "encoding": _one_of("features", "what a mask switches; no other is offered so far", "features"),
+    "detector": _one_of("odin", "score that tells OoD images apart, or msp or energy", *detectors),
+    "protocol": _one_of("paper", "holdout: choose by validation images, report others", *protocols),
+    "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
+    "preset": _one_of("quick", "training in the search, or paper; the front's is paper", *presets),
+    "search": _one_of(
+        "informed", "paper: blind; informed: by features and earlier masks", "informed", "paper"),
+    "algorithm": _one_of(
+        "nsga2", "or spea2, smsemoa, agemoea2, random, evoprunedeeptl", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
     "n_offsprings": _at_least(2, "masks a step, after the first population", 1),
     "n_evals": _at_least(200, "masks evaluated by each run, repeated ones included", 1),
     "runs": _at_least(1, "independent runs, with seeds seed, seed + 1, …", 1),
-    "seed": _at_least(0, "of splits, out-of-distribution images, heads and search", 0),
+    "seed": _at_least(0, "of splits, OoD images, heads and search", 0),
     "n_jobs": _at_least(0, "processes of one thread each; 0: one for each core", 0),
-    "device": _one_of("cpu", "where backbone and heads are computed: cpu, cuda or mps", "cpu", "cuda", "mps"),
-    "scheduler": Parameter("", 'Dask scheduler whose workers train the heads, tcp://host:port; "": this machine',
-                           lambda value: value[:6] in ("", "tcp://", "tls://"), "'' or tcp://host:port"),
-    "resume": _one_of("auto", "auto: go on from what the store knows; must: fail if there is nothing to go on from", "auto", "must"),
+    "device": _one_of("cpu", "of backbone and heads: cpu, cuda or mps", "cpu", "cuda", "mps"),
+    "scheduler": Parameter(
+        "", 'Dask scheduler, tcp://host:port; "": this machine trains the heads',
+        lambda v: v[:6] in ("", "tcp://", "tls://"), "'' or tcp://host:port"),
+    "resume": _one_of("auto", "must: fail if there is nothing to go on from", "auto", "must"),
     "on_bad": _one_of("error", "error or skip: what to do about unusable images", "error", "skip"),
     "show_images": Parameter(True, "False keeps pictures of the data set out of this notebook"),
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
 }
 
-# %% ../nbs/22_study.ipynb #cell11
+# %% ../nbs/22_study.ipynb #cell12
 def parameter_errors(
     given:dict,   # parameter names and values
 ) -> list:        # a sentence for each error
     "What is wrong with parameters: unknown names, wrong types, values out of range."
-    found = [f"unknown parameter {name!r}{did_you_mean(name, parameters) or '; known are ' + ', '.join(parameters)}"
-             for name in given if name not in parameters]
-    for name, parameter in parameters.items():
-        if name not in given: continue
-        value, kind = given[name], type(parameter.default)
+    found = []
+    for name, value in given.items():
+        if name not in parameters:
+            hint = did_you_mean(name, parameters) or f"; known are {', '.join(parameters)}"
+            found.append(f"unknown parameter {name!r}{hint}")
+            continue
+        parameter = parameters[name]
+        kind, meaning = type(parameter.default), parameter.meaning
         if type(value) is not kind:
-            found.append(f"{name} = {value!r} is {type(value).__name__}, {kind.__name__} expected ({parameter.meaning})")
+            was = type(value).__name__
+            found.append(f"{name} = {value!r} is {was}, {kind.__name__} expected ({meaning})")
         elif parameter.accepts and not parameter.accepts(value):
-            found.append(f"{name} = {value!r}: {parameter.expected} expected ({parameter.meaning})")
+            found.append(f"{name} = {value!r}: {parameter.expected} expected ({meaning})")
     return found
 
-# %% ../nbs/22_study.ipynb #cell13
+# %% ../nbs/22_study.ipynb #cell14
 def _check_availability(p):
     "Errors: a data set, weights, device or cluster that is not there."
     n_folds(p.protocol, p.folds)
     locate(p.dataset)
     ood_names(p.dataset, p.ood)
     weights_file(p.backbone, p.weights)
-    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not available[p.device]: raise ValueError(f"device {p.device!r} is not available on this machine: use 'cpu'.")
+    mps = torch.backends.mps.is_available()
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=mps)
+    if not available[p.device]:
+        raise ValueError(f"device {p.device!r} is not available on this machine: use 'cpu'.")
     if p.scheduler and p.device != "cpu":
-        raise ValueError(f"a cluster trains on CPUs: a scheduler needs device 'cpu', not {p.device!r}.")
+        raise ValueError("a cluster trains on CPUs: a scheduler needs device 'cpu', "
+                         f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell14
+# %% ../nbs/22_study.ipynb #cell15
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
     "The parameters of an experiment, or one `ValueError` that names all that is wrong with them."
     if found := parameter_errors(given):
-        raise ValueError("the parameters cannot be used:\n" + "\n".join(f"- {line}" for line in found))
-    p = SimpleNamespace(**{name: given.get(name, parameter.default) for name, parameter in parameters.items()})
+        lines = "\n".join(f"- {error}" for error in found)
+        raise ValueError(f"the parameters cannot be used:\n{lines}")
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    p = SimpleNamespace(**defaults | given)
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cell15
+# %% ../nbs/22_study.ipynb #cell16
 def plain_values(
     namespace:dict,   # a notebook's `globals()` right after its parameters
 ) -> dict:            # name -> value
@@ -131,25 +149,35 @@ def plain_values(
     return {name: value for name, value in namespace.items()
             if isinstance(value, kinds) and not name.startswith("_") and name not in ("In", "Out")}
 
-# %% ../nbs/22_study.ipynb #cell19
+# %% ../nbs/22_study.ipynb #cell20
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     known:list,         # the names of its parameters
 ) -> SimpleNamespace:   # the parameters by name
     "The parameters of a notebook. Error: a name that it does not know."
     given = plain_values(namespace)
-    unknown = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in given if name not in known]
-    if unknown: raise ValueError("; ".join(unknown) + f"; known: {', '.join(known)}.")
+    unknown = [name for name in given if name not in known]
+    hints = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in unknown]
+    if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell22
+# %% ../nbs/22_study.ipynb #cell23
+def course_settings(
+    p:SimpleNamespace,   # the parameters
+) -> dict:               # name -> value
+    "The parameters that decide the course of a search."
+    others = "n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
+    return {name: value for name, value in vars(p).items() if name not in others}
+
+# %% ../nbs/22_study.ipynb #cell26
 def _git_commit():
     "Commit of the working directory, '-dirty' if changed; None outside a repository."
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try: done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError): return None
+    return done.stdout.strip()
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell27
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set
@@ -157,25 +185,29 @@ def results_folder(
     "Where the results of a run go, made if missing. Errors: it is the cache, it cannot be written."
     folder = Path(out_dir or Path("runs", Path(dataset).expanduser().resolve().name)).expanduser()
     if folder.resolve() == cache_folder().resolve():
-        raise ValueError(f"out_dir {str(folder)!r} is the cache, whose store would be replaced: name a folder of your own.")
+        raise ValueError(f"out_dir {str(folder)!r} is the cache, whose store would be replaced: "
+                         "name a folder of your own.")
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         write_text(folder / "figures" / ".writable", "")
         (folder / "figures" / ".writable").unlink()
     except OSError as e:
-        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): name a folder of your own.") from None
+        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): "
+                         "name a folder of your own.") from None
     return folder
 
-# %% ../nbs/22_study.ipynb #cell24
-experiment_figures = tuple("hypervolume attainment front notable ood seeds magnitude neurons cams pointing ensembles".split())
-packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "captum", "pandas", "pillow")
+# %% ../nbs/22_study.ipynb #cell28
+experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
+                      "neurons", "cams", "pointing", "ensembles")
+packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "captum",
+            "pandas", "pillow")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell25
+# %% ../nbs/22_study.ipynb #cell29
 class Run:
-    "The folder of one run of an experiment or a study: figures, tables, timings and, at its end, `result.json`."
+    "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
         self,
-        parameters:dict,                    # by name; `out_dir`, or else `dataset`, names the folder
+        parameters:dict,                    # `out_dir`, or else `dataset`, names the folder
         figures:tuple = experiment_figures, # names of the figures and tables that the run may leave
     ):
         self.parameters, self.figures, self.results = parameters, figures, {}
@@ -183,11 +215,12 @@ class Run:
         self.folder = results_folder(parameters["out_dir"], parameters.get("dataset", ""))
 
     def start(self):
-        "Take away what an earlier run has left, and nothing else, and hold the folder until `finish`. Error: another process holds it."
+        "Take away what an earlier run has left, and hold the folder. Error: another holds it."
         lock = cache_folder() / "locks" / f"{digest(str(self.folder.resolve()))[:32]}.lock"
         self.held.enter_context(file_lock(lock, f"what goes to {str(self.folder)!r}", wait=False))
         figures = [f"figures/{figure}.{kind}" for figure in self.figures for kind in ("png", "csv")]
-        for name in ("result.json", "front.csv", "evaluations.sqlite", *figures): (self.folder / name).unlink(missing_ok=True)
+        for name in ("result.json", "front.csv", "evaluations.sqlite", *figures):
+            (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def stage(self, name):
@@ -199,11 +232,12 @@ class Run:
     def save_table(self, name, table):
         "Write figures/NAME.csv, with a name of `figures`."
         if name not in self.figures:
-            raise ValueError(f"{name!r} is not one of {', '.join(self.figures)}: the next run would not take it away.")
+            raise ValueError(f"{name!r} is not one of {', '.join(self.figures)}: "
+                             "the next run would not take it away.")
         write_text(self.folder / "figures" / f"{name}.csv", table.to_csv())
 
     def save_figure(self, name, table):
-        "Write the current figure as figures/NAME.png, and the numbers in it as figures/NAME.csv."
+        "Write the current figure to figures/NAME.png, and the numbers in it to figures/NAME.csv."
         self.save_table(name, table)
         plt.gcf().savefig(self.folder / "figures" / f"{name}.png")
 
@@ -213,22 +247,25 @@ class Run:
 
     def finish(self):
         "Write `result.json`: parameters, versions, commit, results, seconds."
-        about = dict(parameters=self.parameters, versions=versions(*packages), commit=_git_commit(), **self.results, seconds=self.seconds)
+        about = dict(parameters=self.parameters, versions=versions(*packages), commit=_git_commit())
+        about |= self.results | dict(seconds=self.seconds)
         write_text(self.folder / "result.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #cell26
+# %% ../nbs/22_study.ipynb #cell30
 def as_json(
     value,   # a table, or what JSON can write
-):           # table: row name -> column name, or names one inside another -> value; without row names a list of rows
-    "A value as JSON can write it."
+):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
+    "A value as JSON can write it; a table without row names becomes a list."
     if isinstance(value, pd.Series): return json.loads(value.to_json(double_precision=15))
     if not isinstance(value, pd.DataFrame): return value
-    if isinstance(value.index, pd.RangeIndex): return json.loads(value.to_json(orient="records", double_precision=15))
-    if not isinstance(value.columns, pd.MultiIndex): return json.loads(value.to_json(orient="index", double_precision=15))
-    return {row: {top: as_json(value.loc[row, top]) for top in value.columns.unique(0)} for row in value.index}
+    if isinstance(value.columns, pd.MultiIndex):
+        def nested(row): return {top: as_json(row[top]) for top in value.columns.unique(0)}
+        return {name: nested(row) for name, row in value.iterrows()}
+    orient = "records" if isinstance(value.index, pd.RangeIndex) else "index"
+    return json.loads(value.to_json(orient=orient, double_precision=15))
 
-# %% ../nbs/22_study.ipynb #cell34
+# %% ../nbs/22_study.ipynb #cell38
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -249,12 +286,40 @@ class Progress:
         self.done, passed = done, time.perf_counter() - self.began
         if done < self.total and passed - self.shown < self.every: return
         self.shown = passed
-        left = f"about {passed / done * (self.total - done):.0f} s left" if 0 < done < self.total else f"{passed:.0f} s"
+        seconds = f"{passed:.0f} s"
+        if 0 < done < self.total:
+            seconds = f"about {passed / done * (self.total - done):.0f} s left"
         from IPython.display import clear_output
         clear_output(wait=True)
-        print(f"{done} of {self.total} {self.what}, {left}{more()}")
+        print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell37
+# %% ../nbs/22_study.ipynb #cell41
+class SearchProgress(Progress):
+    "The line of a search: evaluations, and the hypervolume so far."
+    def __init__(
+        self,
+        total:int,   # evaluations of all runs
+    ):
+        super().__init__("evaluations", total)
+        self.n_trained, self.tables = 0, []
+
+    def trained(self):
+        "One more mask is trained."
+        self.n_trained += 1
+        self.show()
+
+    def told(self, searches):
+        "The runs have been told the objectives of a step."
+        self.tables = [table for search in searches for table in search.tables]
+        self.show()
+
+    def show(self):
+        "How far the search is."
+        done = max(sum(map(len, self.tables)), min(self.n_trained, self.total - 1))
+        volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
+        self(done, more=volume if self.tables else lambda: "")
+
+# %% ../nbs/22_study.ipynb #cell44
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -269,21 +334,28 @@ class StudyImages:
 
     def table(self):
         "How many images there are of each kind."
-        parts = {"evaluation": self.report_splits} if self.same_splits else {"validation": self.search_splits, "evaluation": self.report_splits}
-        rows = [dict(fold=k, images=part, train=len(train), evaluated=len(own)) | self._ood_counts(mixture)
-                for part, splits in parts.items() for k, (train, own, mixture) in enumerate(splits)]
+        parts = {"evaluation": self.report_splits}
+        if not self.same_splits: parts = {"validation": self.search_splits} | parts
+        rows = []
+        for part, splits in parts.items():
+            for fold, (train, own, mixture) in enumerate(splits):
+                counts = dict(fold=fold, images=part, train=len(train), evaluated=len(own))
+                rows.append(counts | self._ood_counts(mixture))
         return pd.DataFrame(rows).set_index(["fold", "images"])
 
-    def _ood_counts(self, mixture): return {images.name: len(drawn) for images, drawn in zip(self.ood_sets, mixture)}
+    def _ood_counts(self, mixture):
+        return {images.name: len(drawn) for images, drawn in zip(self.ood_sets, mixture)}
 
     def about(self):
         "What a result says of its images."
-        counts = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
-        return dict(ood=counts, images=dict(
-            total=len(self.images), classes=len(self.images.classes), image_size=self.image_size, skipped=self.images.skipped,
-            evaluation=[len(own) for _, own, _ in self.report_splits], ood_skipped=sum(images.skipped for images in self.ood_sets)))
+        ood = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
+        images = dict(
+            total=len(self.images), classes=len(self.images.classes), image_size=self.image_size,
+            evaluation=[len(own) for _, own, _ in self.report_splits], skipped=self.images.skipped,
+            ood_skipped=sum(images.skipped for images in self.ood_sets))
+        return dict(ood=ood, images=images)
 
-# %% ../nbs/22_study.ipynb #cell38
+# %% ../nbs/22_study.ipynb #cell45
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
@@ -293,22 +365,24 @@ def load_images(
     splits = protocol_splits(images, others, p.protocol, p.folds, p.seed)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell41
+# %% ../nbs/22_study.ipynb #cell48
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
     n_jobs:int = 1,      # processes
-) -> list:               # float32 (n_images, n_features) of the set under study, and of each OoD set
+) -> list:               # float32 (n_images, n_features) of the set, then of each OoD set
     "The features of all images of a study, from the cache or with a line of progress."
     sets = [study.images, *study.ood_sets]
-    progress, found, passed = Progress("images through the backbone", sum(map(len, sets))), [], 0
+    backbone = dict(name=p.backbone, weights=p.weights, size=study.image_size, device=p.device)
+    progress = Progress("images through the backbone", sum(map(len, sets)))
+    found, passed = [], 0
     for images in sets:
         def shown(done, total, before=passed): progress(before + done)
-        found.append(cached_features(images, p.backbone, p.weights, study.image_size, n_jobs, p.device, progress=shown))
+        found.append(cached_features(images, n_jobs=n_jobs, progress=shown, **backbone))
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell42
+# %% ../nbs/22_study.ipynb #cell49
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -316,7 +390,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell43
+# %% ../nbs/22_study.ipynb #cell50
 def load_problems(
     p:SimpleNamespace,                 # the parameters
     study:StudyImages|None = None,     # its images, if they are loaded already
@@ -327,30 +401,47 @@ def load_problems(
     features, *ood_features = load_features(p, study, p.n_jobs or joblib.cpu_count())
     names = [images.name for images in study.ood_sets]
 
+    def pooled(mixture):
+        return np.concatenate([f[drawn] for f, drawn in zip(ood_features, mixture)])
+
     def problem(splits, training):
-        ood = [np.concatenate([f[drawn] for f, drawn in zip(ood_features, mixture)]) for *_, mixture in splits]
+        ood = [pooled(mixture) for *_, mixture in splits]
         sets = [np.repeat(names, [len(drawn) for drawn in mixture]) for *_, mixture in splits]
         folds = [(train, own) for train, own, _ in splits]
-        return Problem(features, study.images.labels, folds, ood, sets, p.detector, training, p.encoding, p.seed, p.device)
+        return Problem(features, study.images.labels, folds, ood, sets, p.detector, training,
+                       p.encoding, p.seed, p.device)
 
-    return StudyProblems(problem(study.search_splits, presets[p.preset]), problem(study.search_splits, report_training),
-                         problem(study.report_splits, report_training))
+    return StudyProblems(
+        search=problem(study.search_splits, presets[p.preset]),
+        selection=problem(study.search_splits, report_training),
+        report=problem(study.report_splits, report_training))
 
-# %% ../nbs/22_study.ipynb #cell46
+# %% ../nbs/22_study.ipynb #cell53
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
     **given,             # parameters
 ):
-    "Run a notebook with parameters that it knows. Errors: unknown names, none tagged; what the notebook itself raises."
+    "Run a notebook with parameters that it knows. Errors: unknown names, no tagged cell, its own."
     known = [*papermill.inspect_notebook(str(notebook))]
     if not known: raise ValueError(f"{notebook} has no cell tagged 'parameters'.")
-    unknown = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in given if name not in known]
-    if unknown: raise ValueError("; ".join(unknown))
+    unknown = [name for name in given if name not in known]
+    hints = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in unknown]
+    if unknown: raise ValueError("; ".join(hints))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell49
+# %% ../nbs/22_study.ipynb #cell56
+def _setting(result):
+    "What was run, from a `result.json`."
+    given = result["parameters"]
+    names = "dataset", "backbone", "protocol", "search", "preset", "runs"
+    weights = Path(given["weights"]).name or "pretrained"
+    folds = len(result["images"]["evaluation"])
+    return {name: given[name] for name in names} | dict(
+        weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
+
+# %% ../nbs/22_study.ipynb #cell57
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -359,18 +450,19 @@ def read_results(
     for path in sorted(Path(folder).rglob("result.json")):
         found = json.loads(path.read_text())
         if "hypervolume" not in found: continue
-        given = found["parameters"]
-        setting = {name: given[name] for name in ("dataset", "backbone", "protocol", "search", "preset", "runs")}
-        setting |= dict(folder=str(path.parent), weights=Path(given["weights"]).name or "pretrained",
-                        folds=len(found["images"]["evaluation"]), ood_sets=", ".join(found["ood"][0]))
-        numbers = {name: found[name] for name in ("evaluations", "hypervolume", "front_size")}
-        members = {f"{member}_{name}": value for member in ("best", "unpruned") for name, value in found[member].items()}
-        rows.append(setting | numbers | members | dict(seconds=sum(found["seconds"].values())))
+        row = dict(folder=str(path.parent)) | _setting(found)
+        row |= {name: found[name] for name in ("evaluations", "hypervolume", "front_size")}
+        for member in ("best", "unpruned"):
+            row |= {f"{member}_{name}": value for name, value in found[member].items()}
+        rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell52
+# %% ../nbs/22_study.ipynb #cell60
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
-    "srsmas": dict(hypervolume=0.8383, best_accuracy=0.8789), "leaves": dict(hypervolume=0.8495, best_accuracy=0.9412),
-    "cataract": dict(hypervolume=0.6256, best_accuracy=0.7603), "painting": dict(hypervolume=0.9272, best_accuracy=0.9544),
-    "plants": dict(hypervolume=0.3343, best_accuracy=0.4788), "rps": dict(hypervolume=0.8657, best_accuracy=1.0000),
+    "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
+    "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),
+    "cataract": dict(hypervolume=0.6256, best_accuracy=0.7603),
+    "painting": dict(hypervolume=0.9272, best_accuracy=0.9544),
+    "plants":   dict(hypervolume=0.3343, best_accuracy=0.4788),
+    "rps":      dict(hypervolume=0.8657, best_accuracy=1.0000),
 }

@@ -55,14 +55,14 @@ class GaussianProcess:
     "A Gaussian process of one objective, fitted to evaluated masks."
     length_scale:float
     shared_weight:float
-    factor:tuple            # Cholesky factor of kernel plus noise, as `scipy.linalg.cho_factor` gives it
+    factor:tuple            # Cholesky factor of kernel plus noise, as `cho_factor` gives it
     alpha:np.ndarray        # posterior weights of the evaluated masks, (n_masks,)
     variance:float          # of the standardised values
     log_likelihood:float    # of the values, up to a constant
 
 # %% ../nbs/12_surrogate.ipynb #cell13
 def _condition(length_scale, shared_weight, factor, values):
-    "The process with given hyper-parameters and its likeliest variance, for standardised values (n_masks,)."
+    "The process with given hyper-parameters and its likeliest variance."
     alpha = cho_solve(factor, values)
     variance = max(values @ alpha / len(values), 1e-12)
     log_likelihood = -0.5 * len(values) * np.log(variance) - np.log(np.diag(factor[0])).sum()
@@ -83,9 +83,9 @@ def fit_gp(
             kernel = mask_kernel(distances, length_scale, shared_weight)
             for noise in noises:
                 factor = cho_factor(kernel + noise * np.eye(len(values)), lower=True)
-                for k, column in enumerate(values.T):
-                    found = _condition(length_scale, shared_weight, factor, column)
-                    if best[k] is None or found.log_likelihood > best[k].log_likelihood: best[k] = found
+                found = [_condition(length_scale, shared_weight, factor, z) for z in values.T]
+                best = [max(old or new, new, key=lambda process: process.log_likelihood)
+                        for old, new in zip(best, found)]
     return best
 
 # %% ../nbs/12_surrogate.ipynb #cell16
@@ -100,7 +100,8 @@ class MaskSurrogate:
     ):
         self.masks, self.importance = masks, importance
         self.centre, self.scale = values.mean(0), values.std(0) + 1e-9
-        self.processes = fit_gp(mask_distances(masks, masks, importance), (values - self.centre) / self.scale, **grid)
+        distances = mask_distances(masks, masks, importance)
+        self.processes = fit_gp(distances, (values - self.centre) / self.scale, **grid)
 
     def predict(
         self,
@@ -121,7 +122,7 @@ def _sobol_points(n_objectives): return qmc.Sobol(n_objectives, seed=0).random_b
 
 # %% ../nbs/12_surrogate.ipynb #cell26
 def hypervolume_improvement(
-    front:np.ndarray,        # minimised objectives of what is there, (n_front, n_objectives), in [0, 1]
+    front:np.ndarray,        # minimised objectives of the front, (n_front, n_objectives), in [0, 1]
     candidates:np.ndarray,   # minimised objectives, (n_candidates, n_objectives)
 ) -> np.ndarray:             # (n_candidates,)
     "Hypervolume, with reference point (1, …, 1), that each candidate would add to a front."
@@ -136,16 +137,18 @@ def predicted_objectives(
     table:pd.DataFrame,      # their objectives
     importance:np.ndarray,   # (n_neurons,)
 ) -> pd.DataFrame:           # a row each, optimistic by one standard deviation, in [0, 1]
-    "The objectives of masks as far as the evaluations tell; those that a mask alone decides are exact."
+    "Optimistic predictions; the objectives that a mask alone decides are exact."
     unknown = [name for name, objective in objectives.items() if objective.of_mask is None]
     with one_thread():   # so that no bit depends on how many threads there are
-        mean, deviation = MaskSurrogate(masks, table[unknown].to_numpy(), importance).predict(offspring)
+        surrogate = MaskSurrogate(masks, table[unknown].to_numpy(), importance)
+        mean, deviation = surrogate.predict(offspring)
     better = [1 if objectives[name].maximise else -1 for name in unknown]
     hoped = dict(zip(unknown, np.clip(mean + better * deviation, 0, 1).T))
-    exact = {name: objective.of_mask(offspring) for name, objective in objectives.items() if objective.of_mask}
+    known = [name for name in objectives if name not in unknown]
+    exact = {name: objectives[name].of_mask(offspring) for name in known}
     return pd.DataFrame(hoped | exact)[list(objectives)]
 
-# %% ../nbs/12_surrogate.ipynb #cell31
+# %% ../nbs/12_surrogate.ipynb #cell32
 def select_offspring(
     n:int,                   # how many to choose
     offspring:np.ndarray,    # bool (n_offspring, n_neurons)
@@ -153,7 +156,7 @@ def select_offspring(
     table:pd.DataFrame,      # their objectives
     importance:np.ndarray,   # (n_neurons,)
 ) -> list:                   # indices of the chosen
-    "The offspring that promise most hypervolume; one that is known already only if there are no others."
+    "The offspring that promise most hypervolume; a known one only if there is no other."
     points = minimised(predicted_objectives(offspring, masks, table, importance))
     front, chosen = minimised(table)[non_dominated(table)], []
     known = {mask.tobytes() for mask in masks}

@@ -84,11 +84,13 @@ def file_lock(
             lock.seek(0)
             holder = lock.read() or "another process"
             if not wait:
-                raise RuntimeError(f"{what} is being computed by {holder}: wait for it, or stop it and go on here.") from None
+                raise RuntimeError(f"{what} is being computed by {holder}: "
+                                   "wait for it, or stop it and go on here.") from None
             print(f"{what} is being computed by {holder}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        lock.write(f"process {os.getpid()} on {platform.node()} since {since}")
         lock.flush()
         yield
 
@@ -132,14 +134,15 @@ def did_you_mean(
 # %% ../nbs/00_system.ipynb #cell35
 @lru_cache(maxsize=1)
 def import_torchvision():   # the module
-    "Import torchvision, also where its compiled operators cannot be loaded. (timm imports it, too.)"
+    "Import torchvision, also where its compiled operators cannot be loaded."
     import torch
     folder = Path(importlib.util.find_spec("torchvision").origin).parent
     try:
         for library in folder.glob("_C*.so"): torch.ops.load_library(str(library))
     except OSError:
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for name in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, name):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                torch.library.define(f"torchvision::{name}", schema)
     import torchvision
     return torchvision

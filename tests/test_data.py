@@ -239,7 +239,7 @@ def test_small_classes(tmp_path):
     assert [len(e) for _, e in splits(folder_set(tmp_path))] == [2]
     (tmp_path / "a" / "0.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="a: 4 usable images, at least 5"): folder_set(tmp_path, on_bad="skip")
-    assert len(folder_set(tmp_path, on_bad="skip", least=1)) == 9             # enough for foreign images
+    assert len(folder_set(tmp_path, on_bad="skip", least=1)) == 9             # enough for OoD images
 
 
 def test_many_problems_stay_readable(tmp_path):
@@ -288,7 +288,7 @@ def test_ood_sets_are_never_the_same_content(home, monkeypatch):
 def test_the_default_mixture_of_a_folder_without_others_is_rendered(home, tmp_path):
     fill(tmp_path / "own", "ab", 5)
     assert ood_names(str(tmp_path / "own")) == ["flowers", "foliage", "pebbles", "weaves"]
-    fill(tmp_path / "elsewhere", "c", 2, first=50)                            # one class, two images: enough to be foreign
+    fill(tmp_path / "elsewhere", "c", 2, first=50)                            # one class, two images: enough for OoD images
     own = load(str(tmp_path / "own"))
     assert [s.name for s in ood_sets(own, str(tmp_path / "own"), str(tmp_path / "elsewhere"))] == ["elsewhere"]
 
