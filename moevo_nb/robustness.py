@@ -20,147 +20,167 @@ def _scaled(logits, temperature):
     "Logits over the temperature as float64, after checking both."
     logits = np.asarray(logits, dtype=np.float64)
     if not 0 < temperature < np.inf:
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0, such as 1 or 1000")
+        raise ValueError(f"the temperature is {temperature}; "
+                         "expected a finite number above 0, such as 1 or 1000")
     if logits.ndim < 2 or logits.shape[-1] == 0:
-        raise ValueError(f"logits have shape {logits.shape}; expected (n_images, n_classes): add the missing axis")
+        raise ValueError(f"logits have shape {logits.shape}; expected (n_images, n_classes): "
+                         "add the missing axis")
     if not np.isfinite(logits).all():
-        raise ValueError("logits hold NaN or infinite values; expected finite ones: did the head's training diverge?")
+        raise ValueError("logits contain NaN or infinity; expected finite numbers: "
+                         "check whether the training of the head diverged")
     return logits / temperature
 
 # %% ../nbs/07_robustness.ipynb #cell9
 def max_softmax(
-    logits:np.ndarray,        # (n_images, n_classes), or (n_members, n_images, n_classes)
-    temperature:float=1.0,    # divides the logits, above 0
-) -> np.ndarray:              # (n_images,) or (n_members, n_images), float64, in [1/n_classes, 1]
+    logits:np.ndarray,           # (n_images, n_classes), or (n_members, n_images, n_classes)
+    temperature:float = 1.0,     # divides the logits, above 0
+) -> np.ndarray:                 # (n_images,) or (n_members, n_images), in [1/n_classes, 1]
     "Largest softmax probability of each image; higher is more in-distribution."
     logits = _scaled(logits, temperature)
     return 1 / np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
 
-# %% ../nbs/07_robustness.ipynb #cell14
+# %% ../nbs/07_robustness.ipynb #cell15
 def odin(
-    logits:np.ndarray,         # (n_images, n_classes), or (n_members, n_images, n_classes)
-    temperature:float=1000.0,  # divides the logits, above 0
-) -> np.ndarray:               # (n_images,) or (n_members, n_images), float64, just above 1/n_classes
+    logits:np.ndarray,             # (n_images, n_classes), or (n_members, n_images, n_classes)
+    temperature:float = 1000.0,    # divides the logits, above 0
+) -> np.ndarray:                   # (n_images,) or (n_members, n_images), just above 1/n_classes
     "Largest softmax probability at a high temperature; higher is more in-distribution."
     return max_softmax(logits, temperature)
 
-# %% ../nbs/07_robustness.ipynb #cell20
+# %% ../nbs/07_robustness.ipynb #cell21
 def energy(
-    logits:np.ndarray,        # (n_images, n_classes), or (n_members, n_images, n_classes)
-    temperature:float=1.0,    # divides the logits, above 0
-) -> np.ndarray:              # (n_images,) or (n_members, n_images), float64, in the logits' unit
+    logits:np.ndarray,           # (n_images, n_classes), or (n_members, n_images, n_classes)
+    temperature:float = 1.0,     # divides the logits, above 0
+) -> np.ndarray:                 # (n_images,) or (n_members, n_images), in the unit of the logits
     "Negative free energy of each image; higher is more in-distribution."
     return temperature * logsumexp(_scaled(logits, temperature), axis=-1)
 
-# %% ../nbs/07_robustness.ipynb #cell24
+# %% ../nbs/07_robustness.ipynb #cell25
 @dataclass(frozen=True)
 class Detector:
-    "How images are scored."
-    score:Callable         # (values,) or, fitted, (values, training values, training labels) -> scores; values are (n_images, n_values)
-    uses:str = "logits"    # the values: logits, hidden (activations), or features
+    "How images are scored; a fitted detector also sees the training images."
+    score:Callable         # values -> scores; fitted: (values, training values, labels) -> scores
+    uses:str = "logits"    # a method of the head: logits, hidden (activations) or features
     fitted:bool = False    # whether it sees training images
 
     def scorer(
         self,
         head,                   # a `head.Head`
-        training:np.ndarray,    # features of the training images of the head's fold, (n_images, n_features)
-        labels:np.ndarray,      # their labels, (n_images,)
-    ) -> Callable:              # features (n_images, n_features) -> scores (n_images,), higher is more in-distribution
+        training:np.ndarray,    # features of the training images, (n_images, n_features)
+        labels:np.ndarray,      # of the training images, (n_images,)
+    ) -> Callable:              # features -> scores (n_images,), higher is more in-distribution
         "The detector for one trained head."
-        values = getattr(head, self.uses)
-        if not self.fitted: return lambda features: self.score(values(features))
-        seen = values(training)
-        return lambda features: self.score(values(features), seen, labels)
+        values_of = getattr(head, self.uses)
+        fitted_on = (values_of(training), labels) if self.fitted else ()
 
-# %% ../nbs/07_robustness.ipynb #cell25
+        def scores(features): return self.score(values_of(features), *fitted_on)
+
+        return scores
+
+# %% ../nbs/07_robustness.ipynb #cell33
 detectors = {"odin": Detector(odin), "msp": Detector(max_softmax), "energy": Detector(energy)}
 
-# %% ../nbs/07_robustness.ipynb #cell28
-def _checked(scores, name):
+# %% ../nbs/07_robustness.ipynb #cell37
+def _checked_scores(scores, name):
     "Scores as a float64 vector, after checking that they can be ranked."
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:
-        raise ValueError(f"{name} has shape {scores.shape}; expected (n_images,) with at least one score")
+        raise ValueError(f"{name} has shape {scores.shape}; "
+                         "expected (n_images,) with at least one score")
     if not np.isfinite(scores).all():
-        raise ValueError(f"{name} holds {np.count_nonzero(~np.isfinite(scores))} NaN or infinite values; "
+        n_bad = np.count_nonzero(~np.isfinite(scores))
+        raise ValueError(f"{name} contains {n_bad} NaN or infinite values; "
                          "expected finite scores: check the logits")
     return scores
 
+# %% ../nbs/07_robustness.ipynb #cell38
 def auroc(
-    id_scores:np.ndarray,   # scores of in-distribution images, (n_id,), higher is more in-distribution
-    ood_scores:np.ndarray,  # scores of out-of-distribution images, (n_ood,)
-) -> float:                 # 1 separates perfectly, 0.5 is chance, 0 is perfectly the wrong way round
-    "Probability that an in-distribution image outscores another, ties counting half."
-    id_scores, ood_scores = _checked(id_scores, "id_scores"), np.sort(_checked(ood_scores, "ood_scores"))
+    id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
+    ood_scores:np.ndarray,   # of OoD images, (n_ood,)
+) -> float:                  # 1 separates perfectly, 0.5 is chance, 0 is perfectly inverted
+    "Probability that an in-distribution image outscores an OoD image, ties counting half."
+    id_scores = _checked_scores(id_scores, "id_scores")
+    ood_scores = np.sort(_checked_scores(ood_scores, "ood_scores"))
     below = np.searchsorted(ood_scores, id_scores, side="left").sum()
     not_above = np.searchsorted(ood_scores, id_scores, side="right").sum()
     return float((below + not_above) / (2 * id_scores.size * ood_scores.size))
 
-# %% ../nbs/07_robustness.ipynb #cell44
+# %% ../nbs/07_robustness.ipynb #cell55
 def roc(
-    id_scores:np.ndarray,   # scores of in-distribution images, (n_id,), higher is more in-distribution
-    ood_scores:np.ndarray,  # scores of out-of-distribution images, (n_ood,)
-) -> tuple:                 # fpr and tpr, each (n_distinct + 1,), from (0, 0) to (1, 1)
-    "Shares of out- and in-distribution images kept, from the strictest threshold to the laxest."
-    groups = _checked(ood_scores, "ood_scores"), _checked(id_scores, "id_scores")
-    thresholds = np.unique(np.concatenate(groups))[::-1]
-    kept = [scores.size - np.searchsorted(np.sort(scores), thresholds) for scores in groups]
-    fpr, tpr = [np.append(0, count) / scores.size for count, scores in zip(kept, groups)]
-    return fpr, tpr
+    id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
+    ood_scores:np.ndarray,   # of OoD images, (n_ood,)
+) -> tuple:                  # fpr and tpr, each (n_distinct + 1,), from (0, 0) to (1, 1)
+    "Fractions of OoD and of in-distribution images kept, from the strictest threshold on."
+    ood_scores = _checked_scores(ood_scores, "ood_scores")
+    id_scores = _checked_scores(id_scores, "id_scores")
+    thresholds = np.unique(np.concatenate([ood_scores, id_scores]))[::-1]
 
-# %% ../nbs/07_robustness.ipynb #cell49
+    def kept(scores):
+        n_kept = scores.size - np.searchsorted(np.sort(scores), thresholds)
+        return np.append(0, n_kept) / scores.size
+
+    return kept(ood_scores), kept(id_scores)
+
+# %% ../nbs/07_robustness.ipynb #cell60
 def fpr_at_tpr(
-    id_scores:np.ndarray,   # scores of in-distribution images, (n_id,), higher is more in-distribution
-    ood_scores:np.ndarray,  # scores of out-of-distribution images, (n_ood,)
-    tpr:float=0.95,         # least share of in-distribution images to keep, in (0, 1]
-) -> float:                 # share of OoD images kept, 0 is best
-    "Share of OoD images kept by the strictest threshold that keeps enough in-distribution images."
-    if not 0 < tpr <= 1: raise ValueError(f"tpr is {tpr}; expected a share in (0, 1], such as 0.95")
+    id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
+    ood_scores:np.ndarray,   # of OoD images, (n_ood,)
+    tpr:float = 0.95,        # least fraction of in-distribution images to keep, in (0, 1]
+) -> float:                  # fraction of OoD images kept, 0 is best
+    "Fraction of OoD images kept by the strictest threshold that reaches a true positive rate."
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr is {tpr}; expected a fraction in (0, 1], such as 0.95")
     fprs, tprs = roc(id_scores, ood_scores)
     return float(fprs[np.argmax(tprs >= tpr)])
 
-# %% ../nbs/07_robustness.ipynb #cell53
+# %% ../nbs/07_robustness.ipynb #cell65
 def mark_below_chance(
-    table:pd.DataFrame,   # any values, among them AUROCs
-    column:str="auroc",   # column, or top level of columns, that holds AUROCs
-) -> pd.DataFrame:        # of text, with three decimals
+    table:pd.DataFrame,       # any values, among them AUROCs
+    column:str = "auroc",     # column, or top level of columns, that holds AUROCs
+) -> pd.DataFrame:            # of text, with three decimals
     "A table to be shown, with an asterisk at every AUROC below one half."
     def shown(values):
         top = values.name[0] if isinstance(values.name, tuple) else values.name
         return [f"{v:.3f}{'*' if top == column and v < 0.5 else ''}" for v in values]
+
     return table.apply(shown)
 
-# %% ../nbs/07_robustness.ipynb #cell56
+# %% ../nbs/07_robustness.ipynb #cell70
 def plot_scores(
-    id_scores:np.ndarray,   # scores of in-distribution images, (n_id,), higher is more in-distribution
-    ood_scores:np.ndarray,  # scores of out-of-distribution images, (n_ood,)
-    ax:plt.Axes=None,       # where to draw; a new figure by default
-) -> plt.Axes:              # the axes drawn on
+    id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
+    ood_scores:np.ndarray,    # of OoD images, (n_ood,)
+    ax:plt.Axes = None,       # where to draw; a new figure by default
+) -> plt.Axes:                # the axes drawn on
     "Histograms of both groups over the same bins, with their AUROC and FPR at 95 % TPR."
     ax = plt.subplots()[1] if ax is None else ax
     bins = np.histogram_bin_edges(np.concatenate([id_scores, ood_scores]), bins=30)
-    for scores, label, color in [(id_scores, "in-distribution", "C0"), (ood_scores, "out-of-distribution", "C1")]:
+    groups = [(id_scores, "in-distribution", "C0"), (ood_scores, "out-of-distribution", "C1")]
+    for scores, label, color in groups:
         style = dict(bins=bins, weights=np.full(len(scores), 100 / len(scores)), color=color)
         ax.hist(scores, alpha=0.35, **style)
         ax.hist(scores, histtype="step", linewidth=1.2, label=label, **style)
+    fpr95 = fpr_at_tpr(id_scores, ood_scores)
     ax.set(xlabel="score (higher: more in-distribution)", ylabel="images of the group (%)")
-    ax.set_title(f"AUROC {auroc(id_scores, ood_scores):.3f}, FPR95 {fpr_at_tpr(id_scores, ood_scores):.3f}")
+    ax.set_title(f"AUROC {auroc(id_scores, ood_scores):.3f}, FPR95 {fpr95:.3f}")
     ax.legend()
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell57
+# %% ../nbs/07_robustness.ipynb #cell72
 def plot_roc(
-    id_scores:np.ndarray,   # scores of in-distribution images, (n_id,), higher is more in-distribution
-    ood_scores:np.ndarray,  # scores of out-of-distribution images, (n_ood,)
-    ax:plt.Axes=None,       # where to draw, for several curves on one; a new figure by default
-    label:str=None,         # name of the curve, written before its AUROC
-) -> plt.Axes:              # the axes drawn on
+    id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
+    ood_scores:np.ndarray,    # of OoD images, (n_ood,)
+    ax:plt.Axes = None,       # where to draw, for several curves on one; a new figure by default
+    label:str = None,         # name of the curve, written before its AUROC
+) -> plt.Axes:                # the axes drawn on
     "ROC curve with its AUROC in the legend, and a dot where 95 % TPR is reached."
     ax = plt.subplots(figsize=(3.6, 3.6))[1] if ax is None else ax
     name = f"{label}, AUROC" if label else "AUROC"
-    line, = ax.plot(*roc(id_scores, ood_scores), label=f"{name} {auroc(id_scores, ood_scores):.3f}")
-    ax.plot(fpr_at_tpr(id_scores, ood_scores), 0.95, "o", color=line.get_color(), markersize=5)
+    name = f"{name} {auroc(id_scores, ood_scores):.3f}"
+    line, = ax.plot(*roc(id_scores, ood_scores), label=name)
+    fpr95 = fpr_at_tpr(id_scores, ood_scores)
+    ax.plot(fpr95, 0.95, "o", color=line.get_color(), markersize=5)
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)
-    ax.set(xlabel="OoD images kept (FPR)", ylabel="in-distribution images kept (TPR)", aspect="equal")
+    ax.set(xlabel="OoD images kept (FPR)", ylabel="in-distribution images kept (TPR)")
+    ax.set_aspect("equal")
     ax.legend(loc="lower right")
     return ax
