@@ -18,7 +18,7 @@ import pandas as pd
 
 from .encoding import encodings, find_encoding
 from .head import fit_heads, presets
-from .pareto import active_fraction, objectives
+from .pareto import active_fraction, measured_objectives, objectives
 from .robustness import auroc, detectors, fpr_at_tpr
 from .store import Store, software, to_hex
 from .system import digest, one_thread
@@ -274,8 +274,7 @@ def minus_last(
     names:pd.Index,        # of the other masks, in order
 ) -> pd.DataFrame:         # differences, indexed by name and seed
     "What masks gain on the last one, under each training seed."
-    judged = [name for name, objective in objectives.items() if objective.of_mask is None]
-    wide = spread[judged].unstack("seed")
+    wide = spread[measured_objectives()].unstack("seed")
     return (wide.iloc[:-1] - wide.iloc[-1]).set_axis(names).stack("seed", future_stack=True)
 
 # %% ../nbs/10_evaluation.ipynb #cell48

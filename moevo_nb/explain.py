@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['neuron_frequency', 'top_neurons', 'frequency_null', 'excess_p_values', 'plot_neuron_frequency', 'frequency_table',
-           'find_layer', 'layer_record', 'eval_mode', 'layer_gradients', 'weighted_relu', 'grad_cam', 'grad_cam_pp',
-           'feature_cams', 'stretch', 'upsample', 'share_on_object', 'pointing_game', 'plot_pointing', 'draw_cam',
-           'plot_cams']
+           'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams', 'upsample',
+           'fraction_on_object', 'pointing_game', 'plot_pointing', 'plot_cams']
 
 # %% ../nbs/14_explain.ipynb #cell3
 import difflib
@@ -24,122 +23,155 @@ from .pareto import objectives
 
 # %% ../nbs/14_explain.ipynb #cell6
 def neuron_frequency(
-    masks:np.ndarray,  # masks of the front's members, bool (n_masks, n_neurons)
-) -> np.ndarray:       # share of the members that use each neuron, in [0, 1], (n_neurons,)
-    "Share of the members of a front in which each neuron is active."
+    masks:np.ndarray,   # masks of the front's members, bool (n_masks, n_neurons)
+) -> np.ndarray:        # fraction of the members that use each neuron, in [0, 1], (n_neurons,)
+    "Fraction of the members of a front in which each neuron is active."
     masks = np.asarray(masks)
     if masks.dtype != bool or masks.ndim != 2 or not len(masks):
-        raise ValueError("masks must be bool (n_masks, n_neurons) with at least one row, not "
-                         f"{masks.dtype} {masks.shape}: cast with astype(bool), and write one mask as mask[None]")
+        raise ValueError("masks must be bool (n_masks, n_neurons) with at least one row, "
+                         f"not {masks.dtype} {masks.shape}: cast with astype(bool), "
+                         "and write one mask as mask[None]")
     return masks.mean(axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell8
+# %% ../nbs/14_explain.ipynb #cell11
 def top_neurons(
-    masks:np.ndarray,  # masks of the front's members, bool (n_masks, n_neurons)
-    k:int=10,          # how many neurons; the paper shows 10
-) -> np.ndarray:       # their indices, most frequent first, (k,)
+    masks:np.ndarray,   # masks of the front's members, bool (n_masks, n_neurons)
+    k:int = 10,         # how many neurons; the paper shows 10
+) -> np.ndarray:        # their indices, most frequent first, (k,)
     "The most frequently active neurons, ties by lower index."
     frequency = neuron_frequency(masks)
     if not 1 <= k <= len(frequency):
-        raise ValueError(f"k must lie between 1 and {len(frequency)}, the number of neurons, not {k}: choose another k")
+        raise ValueError(f"k must lie between 1 and {len(frequency)}, the number of neurons, "
+                         f"not {k}: choose another k")
     return np.argsort(-frequency, kind="stable")[:k]
 
-# %% ../nbs/14_explain.ipynb #cell11
+# %% ../nbs/14_explain.ipynb #cell16
 def frequency_null(
-    masks:np.ndarray,    # masks of the front's members, bool (n_masks, n_neurons)
-    sampler:Callable,    # (sizes (n_masks,), rng) -> masks of these sizes, drawn without any evaluation
-    n_draws:int=200,     # fronts to draw
-    seed:int=0,
-) -> np.ndarray:         # (n_draws, n_neurons), shares of the members in [0, 1]
+    masks:np.ndarray,     # masks of the front's members, bool (n_masks, n_neurons)
+    sampler:Callable,     # (sizes (n_masks,), rng) -> masks of these sizes, drawn unevaluated
+    n_draws:int = 200,    # fronts to draw
+    seed:int = 0,         # of the draws
+) -> np.ndarray:          # fractions of the members, in [0, 1], (n_draws, n_neurons)
     "Neuron frequencies of drawn fronts with the same sizes."
-    rng, sizes = np.random.default_rng(seed), masks.sum(axis=1)
+    rng = np.random.default_rng(seed)
+    sizes = masks.sum(axis=1)
     return np.array([neuron_frequency(sampler(sizes, rng)) for _ in range(n_draws)])
 
-# %% ../nbs/14_explain.ipynb #cell12
+# %% ../nbs/14_explain.ipynb #cell20
 def excess_p_values(
-    frequency:np.ndarray,  # observed, (n_neurons,)
-    null:np.ndarray,       # as from `frequency_null`, (n_draws, n_neurons)
-) -> np.ndarray:           # (n_neurons,), in (0, 1], valid for the whole family of neurons
-    "How likely the sampler alone gives any neuron so large an excess over its expectation."
+    frequency:np.ndarray,   # observed, (n_neurons,)
+    null:np.ndarray,        # as from `frequency_null`, (n_draws, n_neurons)
+) -> np.ndarray:            # (n_neurons,), in (0, 1], valid for the whole family of neurons
+    "Probability that the sampler alone gives any neuron so large an excess over its expectation."
     expected = null.mean(axis=0)
+    excess = frequency - expected
     largest = (null - expected).max(axis=1)
-    return (1 + (largest >= (frequency - expected)[:, None] - 1e-12).sum(axis=1)) / (1 + len(null))
+    as_large = (largest >= excess[:, None] - 1e-12).sum(axis=1)
+    return (1 + as_large) / (1 + len(null))
 
-# %% ../nbs/14_explain.ipynb #cell16
+# %% ../nbs/14_explain.ipynb #cell28
+def _plot_frequency(ax, masks, neurons, null):
+    "Bars of the frequencies under intervals of the null; returns the null's legend entry."
+    rows = np.arange(len(neurons))
+    ax.barh(rows, neuron_frequency(masks)[neurons], height=0.65, color="#8fbfdd")
+    ax.set(yticks=rows, yticklabels=neurons, ylabel="neuron", ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlabel=f"fraction of {len(masks)} members", xlim=(0, 1), xticks=[0, 0.5, 1])
+    if null is None: return {}
+    low, middle, high = np.quantile(null[:, neurons], (0.025, 0.5, 0.975), axis=0)
+    intervals = [middle - low, high - middle]
+    drawn = ax.errorbar(middle, rows, xerr=intervals, fmt="o", color="k", ms=3, lw=1.2, capsize=2)
+    return {"sampler alone: median, 95 %": drawn}
+
+# %% ../nbs/14_explain.ipynb #cell29
+def _plot_objective(ax, masks, neurons, values):
+    "A box for each neuron over the members that use it; returns the median's legend entry."
+    used = [values[np.asarray(masks)[:, n]] for n in neurons]
+    ax.boxplot(used, positions=np.arange(len(neurons)), orientation="horizontal",
+               widths=0.65, manage_ticks=False, patch_artist=True,
+               boxprops={"facecolor": "#cfe3f1"}, flierprops={"markersize": 3},
+               medianprops={"color": "C3", "linewidth": 1.6})
+    median = ax.axvline(np.median(values), color="0.4", linewidth=1, linestyle="--", zorder=3)
+    return {"median of the front": median}
+
+# %% ../nbs/14_explain.ipynb #cell30
 def plot_neuron_frequency(
-    masks:np.ndarray,    # masks of the front's members, bool (n_masks, n_neurons)
-    table:pd.DataFrame,  # accuracy, active_fraction, auroc of the same members, in the same order
-    k:int=10,            # how many neurons
-    null:np.ndarray=None,  # as from `frequency_null`, (n_draws, n_neurons): drawn as 95 % intervals
+    masks:np.ndarray,         # masks of the front's members, bool (n_masks, n_neurons)
+    table:pd.DataFrame,       # objectives of the same members, in the same order
+    k:int = 10,               # how many neurons
+    null:np.ndarray = None,   # as from `frequency_null`, (n_draws, n_neurons)
 ) -> plt.Figure:
-    "Frequency of the top neurons beside its null, and the three objectives over the members that use each."
+    "Frequency of the top neurons with its null, and the objectives of the members that use each."
     columns = list(objectives)
     if len(table) != len(masks) or not set(columns) <= set(table.columns):
-        raise ValueError(f"the table must have the columns {columns} and one row for each of the {len(masks)} masks, "
-                         f"not {list(table.columns)} and {len(table)} rows")
-    neurons, rows = top_neurons(masks, k), np.arange(k)
-    fig, axes = plt.subplots(1, 1 + len(columns), sharey=True, figsize=(7.2, 0.8 + 0.21 * k), layout="constrained")
-    axes[0].barh(rows, neuron_frequency(masks)[neurons], height=0.65, color="#8fbfdd")
-    if null is not None:
-        low, middle, high = np.quantile(null[:, neurons], (0.025, 0.5, 0.975), axis=0)
-        chance = axes[0].errorbar(middle, rows, xerr=[middle - low, high - middle], fmt="o", color="k", ms=3, lw=1.2, capsize=2)
-    axes[0].set(yticks=rows, yticklabels=neurons, ylabel="neuron", xlabel=f"fraction of {len(masks)} members",
-                xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(k - 0.5, -0.5))
+        raise ValueError(f"the table must have the columns {columns} and one row for each of "
+                         f"the {len(masks)} masks, not {list(table.columns)} and {len(table)} rows")
+    neurons = top_neurons(masks, k)
+    size = 7.2, 0.8 + 0.21 * k
+    fig, axes = plt.subplots(1, 1 + len(columns), sharey=True, figsize=size, layout="constrained")
+    null_entry = _plot_frequency(axes[0], masks, neurons, null)
     for ax, column in zip(axes[1:], columns):
-        values = table[column].to_numpy()
-        ax.boxplot([values[np.asarray(masks)[:, n]] for n in neurons], positions=rows, orientation="horizontal",
-                   widths=0.65, manage_ticks=False, patch_artist=True, boxprops={"facecolor": "#cfe3f1"},
-                   medianprops={"color": "C3", "linewidth": 1.6}, flierprops={"markersize": 3})
-        median = ax.axvline(np.median(values), color="0.4", linewidth=1, linestyle="--", zorder=3)
+        median_entry = _plot_objective(ax, masks, neurons, table[column].to_numpy())
         ax.set_xlabel(objectives[column].label)
-    shown = {"median of the front": median} | ({} if null is None else {"sampler alone: median, 95 %": chance})
-    fig.legend(shown.values(), shown, loc="outside upper right", ncols=2)
+    entries = median_entry | null_entry
+    fig.legend(entries.values(), entries, loc="outside upper right", ncols=2)
     return fig
 
-# %% ../nbs/14_explain.ipynb #cell19
+# %% ../nbs/14_explain.ipynb #cell35
 def frequency_table(
-    masks:np.ndarray,    # masks of the front's members, bool (n_masks, n_neurons)
-    table:pd.DataFrame,  # their objectives
-    null:np.ndarray,     # as from `frequency_null`, (n_draws, n_neurons)
-    k:int=10,            # how many neurons
-) -> pd.DataFrame:       # indexed by neuron, most frequent first
+    masks:np.ndarray,     # masks of the front's members, bool (n_masks, n_neurons)
+    table:pd.DataFrame,   # their objectives
+    null:np.ndarray,      # as from `frequency_null`, (n_draws, n_neurons)
+    k:int = 10,           # how many neurons
+) -> pd.DataFrame:        # indexed by neuron, most frequent first
     "The top neurons against their null, and the objectives of the members that use them."
-    top, frequency = top_neurons(masks, k), neuron_frequency(masks)
-    found = pd.DataFrame(dict(frequency=frequency[top], sampler=null.mean(0)[top], p=excess_p_values(frequency, null)[top]),
-                         index=pd.Index(top, name="neuron"))
-    for name in objectives: found[f"median_{name}"] = [table[name][masks[:, neuron]].median() for neuron in top]
+    top = top_neurons(masks, k)
+    frequency = neuron_frequency(masks)
+    p_values = excess_p_values(frequency, null)
+    columns = dict(frequency=frequency[top], sampler=null.mean(axis=0)[top], p=p_values[top])
+    found = pd.DataFrame(columns, index=pd.Index(top, name="neuron"))
+    for name in objectives:
+        found[f"median_{name}"] = [table[name][masks[:, neuron]].median() for neuron in top]
     return found
 
-# %% ../nbs/14_explain.ipynb #cell22
+# %% ../nbs/14_explain.ipynb #cell38
 def find_layer(
     model:nn.Module,
-    target_layer:str|nn.Module,  # dotted name as in model.named_modules(), or the module itself
+    target_layer:str|nn.Module,   # dotted name as in model.named_modules(), or the module itself
 ) -> nn.Module:
     "The module of a model that a name or the module itself stands for."
     layers = dict(model.named_modules())
     if isinstance(target_layer, nn.Module):
         if any(layer is target_layer for layer in layers.values()): return target_layer
-        raise ValueError("the target layer is not a part of this model: take it from model.named_modules()")
+        raise ValueError("the target layer is not a part of this model: "
+                         "take it from model.named_modules()")
     if target_layer in layers: return layers[target_layer]
-    nearest = difflib.get_close_matches(target_layer, layers, n=3, cutoff=0)
-    raise ValueError(f"the model has no layer {target_layer!r}; the nearest names are {', '.join(nearest)}")
+    nearest = ", ".join(difflib.get_close_matches(target_layer, layers, n=3, cutoff=0))
+    raise ValueError(f"the model has no layer {target_layer!r}; the nearest names are {nearest}")
 
-# %% ../nbs/14_explain.ipynb #cell26
+# %% ../nbs/14_explain.ipynb #cell44
+def _check_maps(output, record):
+    "Refuses an output that is no feature map, and a layer that has run before."
+    if record.activations is not None:
+        raise ValueError("the target layer ran twice: "
+                         "name one that runs once, such as the block that holds it")
+    if not torch.is_tensor(output) or output.ndim != 4:
+        given = tuple(getattr(output, "shape", ())) or type(output).__name__
+        raise ValueError("the target layer must give feature maps (n, C, H, W): "
+                         f"choose one before the pooling, not one that gives {given}")
+
+# %% ../nbs/14_explain.ipynb #cell45
 @contextmanager
 def layer_record(
     model:nn.Module,
-    target_layer:str|nn.Module,  # dotted name or module; its output must be feature maps (n, C, H, W)
-):                               # a record with .activations and, after a backward pass, .gradients, both (n, C, H, W)
-    "Record a layer's output and the gradient that returns to it; the hooks go when the context ends."
+    target_layer:str|nn.Module,   # dotted name or module; it must give feature maps (n, C, H, W)
+):                                # a record of .activations and .gradients, both (n, C, H, W)
+    "Record a layer's output and, in a backward pass, its gradient; hooks go when the context ends."
     record = SimpleNamespace(activations=None, gradients=None)
+    def on_backward(gradient): record.gradients = gradient
     def on_forward(module, inputs, output):
-        if record.activations is not None:
-            raise ValueError("the target layer ran twice: name one that runs once, such as the block that holds it")
-        if not torch.is_tensor(output) or output.ndim != 4:
-            raise ValueError("the target layer must give feature maps (n, C, H, W): choose one before the pooling, "
-                             f"not one that gives {tuple(getattr(output, 'shape', ())) or type(output).__name__}")
+        _check_maps(output, record)
         record.activations = output.detach().requires_grad_()
-        handles.append(record.activations.register_hook(lambda gradient: setattr(record, "gradients", gradient)))
+        handles.append(record.activations.register_hook(on_backward))
         return record.activations.clone()
     handles = [find_layer(model, target_layer).register_forward_hook(on_forward)]
     try:
@@ -147,170 +179,197 @@ def layer_record(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/14_explain.ipynb #cell30
+# %% ../nbs/14_explain.ipynb #cell51
 @contextmanager
-def eval_mode(model:nn.Module):
+def _eval_mode(model):
     "Run a model as at test time; afterwards every module has its mode back."
     modes = {module: module.training for module in model.modules()}
-    try: yield model.eval()
+    try:
+        yield model.eval()
     finally:
         for module, training in modes.items(): module.training = training
 
+# %% ../nbs/14_explain.ipynb #cell52
 def layer_gradients(
-    model:nn.Module,                               # images -> any output; parameters may be frozen
-    images:torch.Tensor,                           # as the model takes them, (n, 3, h, w), on the model's device
-    target_layer:str|nn.Module,                    # dotted name or module
-    target:Callable[[torch.Tensor], torch.Tensor], # model output -> one score an image, (n,)
-) -> tuple[torch.Tensor, torch.Tensor]:            # activations and gradients, both (n, C, H, W)
+    model:nn.Module,                                # images -> any output; parameters may be frozen
+    images:torch.Tensor,                            # (n, 3, h, w), on the model's device
+    target_layer:str|nn.Module,                     # dotted name or module
+    target:Callable[[torch.Tensor], torch.Tensor],  # model output -> one score for each image, (n,)
+) -> tuple[torch.Tensor, torch.Tensor]:             # activations and gradients, both (n, C, H, W)
     "Feature maps of a layer, and the gradient of each image's score with respect to them."
-    with eval_mode(model), layer_record(model, target_layer) as record:
+    with _eval_mode(model), layer_record(model, target_layer) as record:
         scores = target(model(images.clone()))
         if scores.shape != images.shape[:1]:
-            raise ValueError(f"target must give one score an image, ({len(images)},), not {tuple(scores.shape)}: "
-                             "pick one column, as in lambda features: features[:, 7]")
+            raise ValueError(f"target must give one score an image, ({len(images)},), "
+                             f"not {tuple(scores.shape)}: pick one column, "
+                             "as in lambda features: features[:, 7]")
         if record.activations is not None and scores.requires_grad:
             torch.autograd.grad(scores.sum(), record.activations, allow_unused=True)
     if record.gradients is None:
-        raise ValueError("the score does not depend on the target layer: choose a layer between image and score, "
+        raise ValueError("the score does not depend on the target layer: "
+                         "choose a layer between image and score, "
                          "and a model whose forward does not switch gradients off")
     return record.activations.detach(), record.gradients
 
-# %% ../nbs/14_explain.ipynb #cell34
-def weighted_relu(
-    weights:torch.Tensor,      # one weight a channel, (n, C, 1, 1)
-    activations:torch.Tensor,  # feature maps, (n, C, H, W)
-) -> np.ndarray:               # (n, H, W) float32, non-negative
+# %% ../nbs/14_explain.ipynb #cell61
+def _weighted_relu(
+    weights:torch.Tensor,       # one weight for each channel, (n, C, 1, 1)
+    activations:torch.Tensor,   # feature maps, (n, C, H, W)
+) -> np.ndarray:                # (n, H, W) float32, non-negative
     "The positive part of a weighted sum of channels."
     return (weights * activations).sum(dim=1).relu().float().cpu().numpy()
 
+# %% ../nbs/14_explain.ipynb #cell62
 def grad_cam(
-    model:nn.Module,                               # images -> any output; parameters may be frozen
-    images:torch.Tensor,                           # as the model takes them, (n, 3, h, w), on the model's device
-    target_layer:str|nn.Module,                    # dotted name or module
-    target:Callable[[torch.Tensor], torch.Tensor], # model output -> one score an image, (n,)
-) -> np.ndarray:                                   # maps, (n, H, W) float32, non-negative, not normalised
+    model:nn.Module,                                # images -> any output; parameters may be frozen
+    images:torch.Tensor,                            # (n, 3, h, w), on the model's device
+    target_layer:str|nn.Module,                     # dotted name or module
+    target:Callable[[torch.Tensor], torch.Tensor],  # model output -> one score for each image, (n,)
+) -> np.ndarray:                                    # (n, H, W) float32, non-negative, unscaled
     "Grad-CAM maps of a score at the layer's resolution."
     activations, gradients = layer_gradients(model, images, target_layer, target)
-    return weighted_relu(gradients.mean(dim=(2, 3), keepdim=True), activations)
+    return _weighted_relu(gradients.mean(dim=(2, 3), keepdim=True), activations)
 
-# %% ../nbs/14_explain.ipynb #cell40
+# %% ../nbs/14_explain.ipynb #cell69
 def grad_cam_pp(
-    model:nn.Module,                               # images -> any output; parameters may be frozen
-    images:torch.Tensor,                           # as the model takes them, (n, 3, h, w), on the model's device
-    target_layer:str|nn.Module,                    # dotted name or module; its output should be rectified
-    target:Callable[[torch.Tensor], torch.Tensor], # model output -> one score an image, (n,)
-) -> np.ndarray:                                   # maps, (n, H, W) float32, non-negative, not normalised
+    model:nn.Module,                                # images -> any output; parameters may be frozen
+    images:torch.Tensor,                            # (n, 3, h, w), on the model's device
+    target_layer:str|nn.Module,                     # dotted name or module, with rectified output
+    target:Callable[[torch.Tensor], torch.Tensor],  # model output -> one score for each image, (n,)
+) -> np.ndarray:                                    # (n, H, W) float32, non-negative, unscaled
     "Grad-CAM++ maps of a score at the layer's resolution."
     activations, gradients = layer_gradients(model, images, target_layer, target)
     denominator = 2 + gradients * activations.sum(dim=(2, 3), keepdim=True)
-    alpha = torch.where(denominator > 0, 1 / denominator, 0)     # eq. 19, g² cancelled
-    return weighted_relu((alpha * gradients.relu()).sum(dim=(2, 3), keepdim=True), activations)
+    alpha = torch.where(denominator > 0, 1 / denominator, 0)   # eq. 19, g² cancelled
+    return _weighted_relu((alpha * gradients.relu()).sum(dim=(2, 3), keepdim=True), activations)
 
-# %% ../nbs/14_explain.ipynb #cell48
+# %% ../nbs/14_explain.ipynb #cell87
 def feature_cams(
-    maps:np.ndarray,       # feature maps whose global averages are the features, (n_images, C, H, W)
-    neurons:Sequence[int], # indices of pooled features, (n_neurons,)
-) -> np.ndarray:           # (n_images, n_neurons, H, W) float32, non-negative
-    "Grad-CAM++ maps of pooled features, up to one positive factor for each map, without a backward pass."
+    maps:np.ndarray,         # maps whose global averages are the features, (n_images, C, H, W)
+    neurons:Sequence[int],   # indices of pooled features, (n_neurons,)
+) -> np.ndarray:             # (n_images, n_neurons, H, W) float32, non-negative
+    "Grad-CAM++ maps of pooled features without a backward pass, up to a positive factor each."
     return np.maximum(np.asarray(maps, dtype=np.float32)[:, np.asarray(neurons)], 0)
 
-# %% ../nbs/14_explain.ipynb #cell53
-def stretch(
-    maps:np.ndarray,  # (..., H, W)
-    n_pixels:int,     # new length of the last axis
-) -> np.ndarray:      # (..., H, n_pixels)
+# %% ../nbs/14_explain.ipynb #cell94
+def _stretch(
+    maps:np.ndarray,   # (..., H, W)
+    n_pixels:int,      # new length of the last axis
+) -> np.ndarray:       # (..., H, n_pixels)
     "Linear interpolation along the last axis, held constant beyond the outer pixel centres."
     last = maps.shape[-1] - 1
     at = np.clip((np.arange(n_pixels) + 0.5) * (last + 1) / n_pixels - 0.5, 0, last)
     left = at.astype(int)
-    a, b = maps[..., left], maps[..., np.minimum(left + 1, last)]
+    a = maps[..., left]
+    b = maps[..., np.minimum(left + 1, last)]
     return a + (at - left).astype(maps.dtype) * (b - a)
 
+# %% ../nbs/14_explain.ipynb #cell95
 def upsample(
-    maps:np.ndarray,      # (..., H, W)
-    size:tuple[int, int], # height and width in pixels, usually the image's (h, w)
-) -> np.ndarray:          # (..., h, w) float32
+    maps:np.ndarray,       # (..., H, W)
+    size:tuple[int, int],  # height and width in pixels, usually the image's (h, w)
+) -> np.ndarray:           # (..., h, w) float32
     "Bilinear interpolation of maps to an image's size."
-    rows = stretch(np.asarray(maps, dtype=np.float32), size[1])
-    return stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
+    rows = _stretch(np.asarray(maps, dtype=np.float32), size[1])
+    return _stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
 
-# %% ../nbs/14_explain.ipynb #cell56
-def share_on_object(
-    cams:np.ndarray,   # (n_neurons, h, w)
-    truth:np.ndarray,  # where the object is visible, bool (h, w)
-) -> np.ndarray:       # in [0, 1], (n_neurons,)
-    "Share of the pixels at each map's maximum that lie on the object."
+# %% ../nbs/14_explain.ipynb #cell100
+def fraction_on_object(
+    cams:np.ndarray,    # (n_neurons, h, w)
+    truth:np.ndarray,   # where the object is visible, bool (h, w)
+) -> np.ndarray:        # in [0, 1], (n_neurons,)
+    "Fraction of the pixels at each map's maximum that lie on the object."
     peak = cams == cams.max(axis=(1, 2), keepdims=True)
     return (peak & truth).sum(axis=(1, 2)) / peak.sum(axis=(1, 2))
 
+# %% ../nbs/14_explain.ipynb #cell103
 def pointing_game(
-    cams:np.ndarray,   # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
-    truth:np.ndarray,  # where the object is visible, cropped as the network's input, bool (n_images, h, w)
-) -> np.ndarray:       # hit rate in [0, 1], higher is better, truth.mean() is chance, (n_neurons,)
+    cams:np.ndarray,    # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
+    truth:np.ndarray,   # where the object is, cropped as the input, bool (n_images, h, w)
+) -> np.ndarray:        # hit rate in [0, 1], higher is better, truth.mean() is chance, (n_neurons,)
     "How often the maximum of a neuron's map falls on the object."
     cams, truth = np.asarray(cams), np.asarray(truth)
     if cams.ndim != 4 or truth.ndim != 3 or truth.dtype != bool or len(cams) != len(truth):
-        raise ValueError("expected cams (n_images, n_neurons, H, W), and truth bool (n_images, h, w) of the same "
-                         f"images, not {cams.shape} and {truth.dtype} {truth.shape}")
-    if not np.isfinite(cams).all(): raise ValueError("cams hold NaN or infinity: a maximum needs finite maps")
-    return np.mean([share_on_object(upsample(c, t.shape), t) for c, t in zip(cams, truth)], axis=0)
+        raise ValueError("expected cams (n_images, n_neurons, H, W), and truth bool (n_images, "
+                         "h, w) of the same images, "
+                         f"not {cams.shape} and {truth.dtype} {truth.shape}")
+    if not np.isfinite(cams).all():
+        raise ValueError("cams hold NaN or infinity: a maximum needs finite maps")
+    hits = [fraction_on_object(upsample(cam, t.shape), t) for cam, t in zip(cams, truth)]
+    return np.mean(hits, axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell60
+# %% ../nbs/14_explain.ipynb #cell110
 def plot_pointing(
-    neurons:Sequence[int],  # the front's top neurons, (n_neurons,)
-    hits:np.ndarray,        # their hit rates, (n_neurons,)
-    random:np.ndarray,      # hit rates of random neurons, (n_random,)
-    area:float,             # the object's fraction of the images: the hit rate of a random pixel
-    ax:plt.Axes=None,       # where to draw; a new figure by default
+    neurons:Sequence[int],   # the front's top neurons, (n_neurons,)
+    hits:np.ndarray,         # their hit rates, (n_neurons,)
+    random:np.ndarray,       # hit rates of random neurons, (n_random,)
+    area:float,              # the object's fraction of the images: the hit rate of a random pixel
+    ax:plt.Axes = None,      # where to draw; a new figure by default
 ) -> plt.Axes:
     "Hit rates of neurons, beside random neurons and the object's area."
     ax = plt.subplots(figsize=(6, 2.6))[1] if ax is None else ax
-    ax.bar(np.arange(len(neurons)), hits, label="the front's top neurons")
-    ax.axhline(np.mean(random), color="C3", ls="--", label=f"random neurons, mean of {len(random)}")
-    ax.axhline(area, color="0.4", ls=":", label="fraction of the image")
-    ax.set(xticks=np.arange(len(neurons)), xticklabels=neurons, xlabel="neuron", ylabel="hit rate", ylim=(0, 1))
-    ax.legend(loc="upper center", ncols=3)
+    positions = np.arange(len(neurons))
+    ax.bar(positions, hits, label="front's top neurons")
+    ax.axhline(np.mean(random), color="C3", ls="--", label=f"mean of {len(random)} random neurons")
+    ax.axhline(area, color="0.4", ls=":", label="random pixel")
+    ax.set(xticks=positions, xticklabels=neurons, xlabel="neuron", ylabel="hit rate", ylim=(0, 1))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell63
-def draw_cam(
+# %% ../nbs/14_explain.ipynb #cell113
+def _draw_cam(
     ax:plt.Axes,
-    cam:np.ndarray,          # (h, w), non-negative
-    picture:np.ndarray|None, # uint8 (h, w, 3) to lie under the map, None for the map alone
-    truth:np.ndarray|None,   # object mask to outline, bool (h, w)
+    cam:np.ndarray,            # (h, w), non-negative
+    picture:np.ndarray|None,   # uint8 (h, w, 3) to lie under the map, None for the map alone
+    truth:np.ndarray|None,     # object mask to outline, bool (h, w)
 ) -> plt.Axes:
     "One map, scaled to its own maximum, over a dimmed grey picture, with the object's outline."
     cam = cam / (cam.max() or 1)
-    if picture is not None:
-        ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-60, vmax=400)
-    ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=None if picture is None else np.clip(1.2 * cam, 0, 0.85))
+    opacity = None if picture is None else np.clip(1.2 * cam, 0, 0.85)
+    if picture is not None: ax.imshow(picture.mean(axis=2), cmap="gray", vmin=-60, vmax=400)
+    ax.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
     if truth is not None and truth.any() and not truth.all():
         ax.contour(truth, levels=[0.5], colors="#56B4E9", linewidths=0.7)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell64
-def plot_cams(
-    images:np.ndarray,           # the pictures, uint8 (n_images, h, w, 3)
-    cams:np.ndarray,             # their maps at any resolution, (n_images, n_neurons, H, W)
-    neurons:Sequence,            # a title for each column, usually the neuron's index, (n_neurons,)
-    truth:np.ndarray|None=None,  # where the object is, to be outlined, bool (n_images, h, w)
-    show_images:bool=True,       # False leaves out the pictures and shows the maps alone
-    classes:Sequence=(),         # a name for each row, (n_images,); none if empty
-) -> plt.Figure:                 # as wide as a page, 7.2 inches, for ten neurons and the images
-    "A grid of maps, images down and neurons across."
-    n, h, w, _ = images.shape
-    if cams.shape[:2] != (n, len(neurons)) or truth is not None and truth.shape != (n, h, w):
-        raise ValueError(f"expected {n} x {len(neurons)} maps, one for each image and neuron, and truth {(n, h, w)}, "
-                         f"not cams {cams.shape} and truth {getattr(truth, 'shape', None)}")
-    titles = ["image"] * show_images + list(neurons)
+# %% ../nbs/14_explain.ipynb #cell114
+def _empty_grid(
+    n_rows:int,
+    titles:Sequence,    # of the columns
+    classes:Sequence,   # names of the rows; none if empty
+    height:float,       # of a panel, over its width
+) -> tuple:             # the figure, and its axes (n_rows, n_columns)
+    "Panels without frames, as wide as a page, 7.2 inches, for eleven columns."
     side = 7.2 / 11
-    fig, axes = plt.subplots(n, len(titles), figsize=(side * len(titles), side * n * h / w + 0.15), squeeze=False,
-                             layout="constrained", subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
+    size = side * len(titles), side * n_rows * height + 0.15
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    fig, axes = plt.subplots(n_rows, len(titles), figsize=size, squeeze=False,
+                             layout="constrained", subplot_kw=bare)
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=7, loc="center", pad=2)
     for row, name in zip(axes, classes): row[0].set_ylabel(name, fontsize=7)
+    return fig, axes
+
+# %% ../nbs/14_explain.ipynb #cell115
+def plot_cams(
+    images:np.ndarray,             # the pictures, uint8 (n_images, h, w, 3)
+    cams:np.ndarray,               # their maps at any resolution, (n_images, n_neurons, H, W)
+    neurons:Sequence,              # titles of the columns, usually neurons' indices, (n_neurons,)
+    truth:np.ndarray|None = None,  # where the object is, to be outlined, bool (n_images, h, w)
+    show_images:bool = True,       # False leaves out the pictures and shows the maps alone
+    classes:Sequence = (),         # a name for each row, (n_images,); none if empty
+) -> plt.Figure:                   # as wide as a page, 7.2 inches, for ten neurons and the images
+    "A grid of maps, images down and neurons across."
+    n, h, w, _ = images.shape
+    if cams.shape[:2] != (n, len(neurons)) or truth is not None and truth.shape != (n, h, w):
+        given = getattr(truth, "shape", None)
+        raise ValueError(f"expected {n} x {len(neurons)} maps, one for each image and neuron, "
+                         f"and truth {(n, h, w)}, not cams {cams.shape} and truth {given}")
+    fig, axes = _empty_grid(n, ["image"] * show_images + list(neurons), classes, h / w)
     for i, row in enumerate(axes):
-        if show_images: row[0].imshow(images[i])
+        picture = images[i] if show_images else None
+        outline = None if truth is None else truth[i]
+        if show_images: row[0].imshow(picture)
         for ax, cam in zip(row[int(show_images):], upsample(cams[i], (h, w))):
-            draw_cam(ax, cam, images[i] if show_images else None, None if truth is None else truth[i])
+            _draw_cam(ax, cam, picture, outline)
     return fig

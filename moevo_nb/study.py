@@ -83,7 +83,7 @@ parameters = {
     "n_jobs": _at_least(0, "processes of one thread each; 0: one for each core", 0),
     "device": _one_of("cpu", "of backbone and heads: cpu, cuda or mps", "cpu", "cuda", "mps"),
     "scheduler": Parameter(
-        "", 'Dask scheduler, tcp://host:port; "": this machine trains the heads',
+        "", 'Dask scheduler of the heads, tcp://host:port; "": none',
         lambda v: v[:6] in ("", "tcp://", "tls://"), "'' or tcp://host:port"),
     "resume": _one_of("auto", "must: fail if there is nothing to go on from", "auto", "must"),
     "on_bad": _one_of("error", "error or skip: what to do about unusable images", "error", "skip"),

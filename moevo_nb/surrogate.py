@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import qmc
 
-from .pareto import minimised, non_dominated, objectives
+from .pareto import measured_objectives, minimised, non_dominated, objectives
 from .system import one_thread
 
 # %% ../nbs/12_surrogate.ipynb #cell6
@@ -138,7 +138,7 @@ def predicted_objectives(
     importance:np.ndarray,   # (n_neurons,)
 ) -> pd.DataFrame:           # a row each, optimistic by one standard deviation, in [0, 1]
     "Optimistic predictions; the objectives that a mask alone decides are exact."
-    unknown = [name for name, objective in objectives.items() if objective.of_mask is None]
+    unknown = measured_objectives()
     with one_thread():   # so that no bit depends on how many threads there are
         surrogate = MaskSurrogate(masks, table[unknown].to_numpy(), importance)
         mean, deviation = surrogate.predict(offspring)

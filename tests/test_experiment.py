@@ -69,7 +69,7 @@ def test_the_papers_own_search_under_holdout_reports_what_it_never_saw(finished,
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
     chosen = front.sort_values(["validation_accuracy", "active_fraction"], ascending=[False, True]).iloc[0]
-    assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selected"] != result["hypervolume"]
+    assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selection"] != result["hypervolume"]
     assert result["evaluations"] == 14 and set(front.run) <= {0, 1}
     attained = pd.read_csv(tmp_path / "results" / "figures" / "attainment.csv", header=[0, 1], index_col=0)
     assert attained.columns.tolist() == [(o, f"run_{k}") for o in ("accuracy", "auroc") for k in range(2)]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from readability import figures, is_template
 from readme import readme
 
 root = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def test_a_notebook_keeps_no_error_and_no_path_of_a_machine(name):
     assert '"output_type": "error"' not in text and not re.search(r"(?<![\w.])/(home|root|tmp|Users|work)/", text)
 
 
-@pytest.mark.parametrize("name", ["experiment", "paper", "benchmark", "study_presets", "study_search"])
+@pytest.mark.parametrize("name", [n.stem for n in notebooks if is_template(n)])
 def test_templates_have_one_parameters_cell_and_no_outputs(name):
     tagged = [c for c in cells[name] if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1 and not any(c.get("outputs") for c in cells[name])
@@ -121,3 +122,10 @@ def test_what_is_public_is_documented():
         for node in ast.parse(module.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and len(node.body) > 3:
                 assert ast.get_docstring(node), f"{module.name}: {node.name} has no docstring"
+
+
+def test_the_notebooks_can_be_read():
+    found = figures(notebooks)
+    assert found["lines over 100 characters (%)"] <= 1 and found["lines over 120 characters"] == 0
+    assert found["export cells with more than one definition (%)"] <= 8
+    assert not found["cells of templates over 15 lines"]

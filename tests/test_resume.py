@@ -119,18 +119,19 @@ def test_two_processes_on_the_same_run(tmp_path):
 
 def test_another_seed_goes_on_beside_it(tmp_path):
     with Store(tmp_path / "one.sqlite") as store:
-        with run_locks(store, run_names(Toy(store), [Search(64, 200)])):
-            run_searches(Toy(store), [Search(64, 40, seed=1)])
-            with pytest.raises(RuntimeError, match=f"process {os.getpid()} "): run_searches(Toy(store), [Search(64, 40)])
+        with run_locks(store, run_names(Toy(store), [Search(BlindVariation(64), 200)])):
+            run_searches(Toy(store), [Search(BlindVariation(64), 40, seed=1)])
+            with pytest.raises(RuntimeError, match=f"process {os.getpid()} "):
+                run_searches(Toy(store), [Search(BlindVariation(64), 40)])
 
 
 def test_a_larger_budget_goes_on_and_a_changed_course_is_forgotten(tmp_path):
     with Store(tmp_path / "store.sqlite") as store:
-        run = lambda n, **how: run_searches(Toy(store), [Search(64, n, pop_size=20, n_offsprings=10)], **how)[0]
+        run = lambda n, **how: run_searches(Toy(store), [Search(BlindVariation(64), n, pop_size=20, n_offsprings=10)], **how)[0]
         with pytest.raises(ValueError, match="nothing to resume: the store '.*' knows no run"): run(31, resume="must")
         short, longer = run(31), run(60, resume="must")
         assert (longer[0][:31] == short[0]).all() and longer[1][:31].equals(short[1])
-        name, = run_names(Toy(store), [Search(64, 60, pop_size=20, n_offsprings=10)])
+        name, = run_names(Toy(store), [Search(BlindVariation(64), 60, pop_size=20, n_offsprings=10)])
         assert store.history(name).step.tolist() == 20 * [0] + 10 * [1] + 10 * [2] + 10 * [3] + 10 * [4]
         with store.transaction(): store.ask(name, 1, 20, ~longer[0][20:30])   # as another version of the operators might
         assert len(list(store.read("asked", "run = ?", (name,)))) == 30

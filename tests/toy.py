@@ -12,13 +12,14 @@ from moevo_nb.operators import BlindVariation
 from moevo_nb.store import Store, to_hex
 
 weights = np.random.default_rng(0).random((2, 64))
-row = dict(accuracy=0.8, active_fraction=0.25, auroc=0.9, folds=[[0.7, 0.85], [0.9, 0.95]], epochs=600, seconds=1.5)
+folds = dict(accuracy=[0.7, 0.9], active_fraction=[0.25, 0.25], auroc=[0.85, 0.95])
+row = dict(accuracy=0.8, active_fraction=0.25, auroc=0.9, folds=folds, epochs=600, seconds=1.5)
 
 
 class Toy(Evaluator):
     "Objectives of a mask without training. Every evaluation is logged when it begins."
     def __init__(self, store, log=None, seconds=0.0):
-        super().__init__(SimpleNamespace(definition=lambda: dict(data="toy"), n_neurons=64), store)
+        super().__init__(SimpleNamespace(definition=lambda: dict(data="toy"), n_neurons=64, folds=[0, 1]), store)
         self.log, self.seconds = log, seconds
 
     def rows(self, masks):
