@@ -12,81 +12,102 @@ import pandas as pd
 import torch
 
 from .encoding import find_encoding
-from .head import Head, fit_plain, presets
+from .head import Head, PlainHead, fit_plain, presets
 from .pareto import objectives
 
 # %% ../nbs/16_baselines.ipynb #cell6
 def magnitude_masks(
-    heads:list,              # trained without a mask, one a fold
-    fractions:list,          # active fractions, each in [0, 1]
-    encoding:str = "features",
-) -> np.ndarray:             # bool (n_fractions, n_folds, n_neurons)
-    "Masks of the neurons with the largest weights in each fold's own head; ties go to the lower index."
+    heads:list,                  # trained without a mask, one a fold
+    fractions:list,              # active fractions, each in [0, 1]
+    encoding:str = "features",   # a key of `encoding.encodings`
+) -> np.ndarray:                 # bool (n_fractions, n_folds, n_neurons)
+    "Masks of the neurons with the largest weights in each fold's head; the first of equals wins."
+    if not all(0 <= fraction <= 1 for fraction in fractions):
+        raise ValueError(f"active fractions must lie in [0, 1], these are {list(fractions)}.")
     scores = np.array([find_encoding(encoding).magnitudes(head.weights) for head in heads])
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
-    sizes = [round(f * scores.shape[1]) for f in fractions if 0 <= f <= 1]
-    if len(sizes) < len(fractions): raise ValueError(f"active fractions must lie in [0, 1], these are {list(fractions)}.")
-    return rank < np.array(sizes)[:, None, None]
+    sizes = np.array([round(fraction * scores.shape[1]) for fraction in fractions])
+    return rank < sizes[:, None, None]
 
-# %% ../nbs/16_baselines.ipynb #cell11
-schedules = {
-    # share of the final sparsity, given the share of the training that has passed
-    "constant": lambda passed: 1.0,
-    "polynomial": lambda passed: 1 - (1 - min(passed * 3 / 2, 1))**3,
-}
+# %% ../nbs/16_baselines.ipynb #cell15
+def _constant(passed): return 1.0
 
+# %% ../nbs/16_baselines.ipynb #cell16
+def _polynomial(passed): return 1 - (1 - min(passed * 3 / 2, 1))**3
+
+# each takes the fraction of the training that has passed, and gives that of the final sparsity
+schedules = {"constant": _constant, "polynomial": _polynomial}
+
+# %% ../nbs/16_baselines.ipynb #cell19
 class MagnitudePruning:
     "An `after_step` for `fit_plain` that keeps the smallest hidden weights at zero."
-    def __init__(self, active_fraction, schedule, n_steps, every=100):
-        self.sparsity, self.share, self.n_steps, self.every = 1 - active_fraction, schedules[schedule], n_steps, every
+    def __init__(
+        self,
+        active_fraction:float,   # of the hidden weights, at the end, in [0, 1]
+        schedule:str,            # a key of `schedules`
+        n_steps:int,             # of the whole training
+        every:int = 100,         # steps between two selections
+    ):
+        self.sparsity, self.schedule = 1 - active_fraction, schedules[schedule]
+        self.n_steps, self.every = n_steps, every
 
     @torch.no_grad()
-    def __call__(self, step, model):
-        "Zero what is to go of the first layer's weights."
+    def __call__(
+        self,
+        step:int,          # counted from 1
+        model:PlainHead,   # changed in place
+    ):
+        "Set the pruned weights of the first layer to zero."
         hidden = model.layers[0]
-        if (step - 1) % self.every == 0 or step == -(-2 * self.n_steps // 3):   # and at the end of the ramp
-            dropped = round(self.sparsity * self.share(step / self.n_steps) * hidden.weight.numel())
+        final_sparsity_reached = step == -(-2 * self.n_steps // 3)
+        if (step - 1) % self.every == 0 or final_sparsity_reached:
+            sparsity = self.sparsity * self.schedule(step / self.n_steps)
+            n_pruned = round(sparsity * hidden.weight.numel())
             order = hidden.weight.abs().flatten().argsort(stable=True)
-            self.kept = torch.ones_like(hidden.weight).flatten().index_fill_(0, order[:dropped], 0).view_as(hidden.weight)
+            kept = torch.ones_like(hidden.weight).flatten().index_fill_(0, order[:n_pruned], 0)
+            self.kept = kept.view_as(hidden.weight)
         hidden.weight *= self.kept
 
-# %% ../nbs/16_baselines.ipynb #cell14
+# %% ../nbs/16_baselines.ipynb #cell23
 def fit_pruned(
-    features:np.ndarray,              # float32 (n_images, n_features)
-    labels:np.ndarray,                # int64 (n_images,)
+    features:np.ndarray,                # float32 (n_images, n_features)
+    labels:np.ndarray,                  # int64 (n_images,)
     n_classes:int,
-    active_fraction:float,            # share of the hidden weights that is left, in [0, 1]
-    schedule:str = "polynomial",      # of `schedules`
-    training:dict = presets["paper"], # a row of `head.presets`
-    seed:int = 0,
-) -> Head:                            # with the zeros in its hidden weights
-    "Train a head whose smallest weights are pruned meanwhile."
-    if schedule not in schedules: raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(schedules)}.")
-    if not 0 <= active_fraction <= 1: raise ValueError(f"the active fraction must lie in [0, 1], it is {active_fraction}.")
+    active_fraction:float,              # of the hidden weights, in [0, 1]
+    schedule:str = "polynomial",        # a key of `schedules`
+    training:dict = presets["paper"],   # a row of `head.presets`
+    seed:int = 0,                       # of initial weights and batches
+) -> Head:                              # with the zeros in its hidden weights
+    "Train a head whose smallest hidden weights are pruned during training."
+    if schedule not in schedules:
+        raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(schedules)}.")
+    if not 0 <= active_fraction <= 1:
+        raise ValueError(f"the active fraction must lie in [0, 1], it is {active_fraction}.")
     n_steps = training["epochs"] * -(-len(features) // training["batch_size"])
-    training = dict(training, min_delta=-np.inf)   # every epoch counts as the best so far: no stop, and the last one's weights
+    training = dict(training, min_delta=-np.inf)   # each epoch counts as the best so far
     pruning = MagnitudePruning(active_fraction, schedule, n_steps)
     everything = np.ones(features.shape[1], bool)
-    return fit_plain(features, labels, everything, n_classes, training, seed=seed, after_step=pruning)
+    return fit_plain(features, labels, everything, n_classes, training, seed=seed,
+                     after_step=pruning)
 
-# %% ../nbs/16_baselines.ipynb #cell20
+# %% ../nbs/16_baselines.ipynb #cell36
 def plot_baseline(
-    front:pd.DataFrame,     # members, with the objectives as columns
-    baseline:pd.DataFrame,  # the same of masks that no search has chosen
-    unpruned:dict,          # objectives of the unpruned network
-    label:str,              # what the baseline is called
-) -> np.ndarray:            # the axes drawn on, one for each objective but the active fraction
+    front:pd.DataFrame,      # members, with the objectives as columns
+    baseline:pd.DataFrame,   # the same of masks that no search has chosen
+    unpruned:dict,           # objectives of the unpruned network
+    label:str,               # name of the baseline
+) -> np.ndarray:             # the axes drawn on, one for each objective but the active fraction
     "A front and a baseline, against the fraction of active neurons."
     judged = [name for name, objective in objectives.items() if objective.of_mask is None]
     fig, axes = plt.subplots(1, len(judged), figsize=(3.6 * len(judged), 2.8), squeeze=False)
-    members = front[front.active_fraction > 0]
+    members, ticks = front[front.active_fraction > 0], (0.3, 1, 3, 10, 30, 100)
     for ax, name in zip(axes[0], judged):
         scale = objectives[name].scale
         ax.plot(100 * members.active_fraction, scale * members[name], "o", ms=4, label="front")
         ax.plot(100 * baseline.active_fraction, scale * baseline[name], "s-", ms=4, label=label)
         ax.axhline(scale * unpruned[name], color="k", ls="--", lw=1, label="unpruned")
-        ticks = (0.3, 1, 3, 10, 30, 100)
-        ax.set(xlabel=objectives["active_fraction"].axis, ylabel=objectives[name].axis, xscale="log", xticks=ticks, xticklabels=ticks)
+        ax.set(xlabel=objectives["active_fraction"].axis, ylabel=objectives[name].axis)
+        ax.set(xscale="log", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
     axes[0, 0].legend(loc="lower right")
     return axes[0]

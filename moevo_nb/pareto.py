@@ -379,5 +379,5 @@ def plot_differences(
         ax.axvline(0, color="0.4", lw=1)
         ax.set_xlabel(objectives[name].difference_axis)
         ax.set_yticks(range(len(members)), members)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(members) - 0.5, -0.5)
     return axes

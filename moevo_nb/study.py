@@ -152,10 +152,10 @@ def plain_values(
 # %% ../nbs/22_study.ipynb #cell20
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
-    known:list,         # the names of its parameters
+    names:str,          # of its parameters, separated by spaces
 ) -> SimpleNamespace:   # the parameters by name
     "The parameters of a notebook. Error: a name that it does not know."
-    given = plain_values(namespace)
+    given, known = plain_values(namespace), names.split()
     unknown = [name for name in given if name not in known]
     hints = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in unknown]
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
