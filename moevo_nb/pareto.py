@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
+import moocore
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
@@ -100,9 +101,8 @@ def non_dominated(
     table:pd.DataFrame,  # a row for each member, with the columns in `objectives`
 ) -> np.ndarray:         # (n_members,) bool
     "Which members no other member dominates."
-    values = minimised(table)
-    dominated = [np.any((values <= v).all(axis=1) & (values < v).any(axis=1)) for v in values]
-    return ~np.array(dominated, dtype=bool)
+    if not len(table): return np.zeros(0, dtype=bool)
+    return moocore.is_nondominated(minimised(table), keep_weakly=True)
 
 # %% ../nbs/08_pareto.ipynb #cell34
 def _check_runs(masks, tables):
@@ -137,32 +137,23 @@ def merge_fronts(
 
 # %% ../nbs/08_pareto.ipynb #cell42
 def _check_points(points, ref):
-    "Stop unless the points are finite, with two or three objectives, as has the reference point."
-    if points.ndim != 2 or points.shape[1] not in (2, 3) or ref.shape != points.shape[1:]:
+    "Stop unless the points are finite and have as many objectives as the reference point."
+    if points.ndim != 2 or ref.shape != points.shape[1:]:
         raise ValueError(f"got points of shape {points.shape} and a reference point of {ref.size} "
-                         "numbers; expected (n_points, 2) or (n_points, 3), with as many numbers")
+                         "numbers; expected (n_points, n_objectives), and a number an objective")
     if not np.isfinite(points).all():
         raise ValueError("the points hold NaN or infinite values; leave these points out")
 
 # %% ../nbs/08_pareto.ipynb #cell43
 def hypervolume_of(
-    minimised:np.ndarray,         # (n_points, 2) or (n_points, 3), to be minimised
+    minimised:np.ndarray,         # (n_points, n_objectives), to be minimised
     ref_point:tuple|None = None,  # worst corner of the box; `reference_point()` by default
 ) -> float:                       # volume (or area) that the points dominate inside the box
-    "Exact hypervolume in two or three objectives; time and memory grow with the squared number."
+    "Exact hypervolume of points."
     points = np.asarray(minimised, dtype=np.float64)
     ref = np.asarray(reference_point() if ref_point is None else ref_point, dtype=np.float64)
     _check_points(points, ref)
-    points = points[(points < ref).all(axis=1)]
-    if len(ref) == 2:
-        points = np.insert(points, 2, 0, axis=1)
-        ref = np.append(ref, 1)
-    x, column = np.unique(points[:, 0], return_inverse=True)
-    y, row = np.unique(points[:, 1], return_inverse=True)
-    lowest = np.full((len(x), len(y)), ref[2])
-    np.minimum.at(lowest, (column, row), points[:, 2])
-    lowest = np.minimum.accumulate(np.minimum.accumulate(lowest, axis=0), axis=1)
-    return float(np.diff(x, append=ref[0]) @ (ref[2] - lowest) @ np.diff(y, append=ref[1]))
+    return float(moocore.hypervolume(points, ref=ref)) if len(points) else 0.0
 
 # %% ../nbs/08_pareto.ipynb #cell50
 def hypervolume(
@@ -178,16 +169,13 @@ def hypervolume_curve(
     ref_point:tuple|None = None,  # worst accepted values, minimised; `reference_point()` by default
 ) -> np.ndarray:                  # (n_evals,), never falling
     "Hypervolume of the first 1, 2, … n evaluations."
-    ref_point = reference_point() if ref_point is None else ref_point
     front = np.empty((0, len(objectives)))
-    gains = np.zeros(len(table))
+    volumes = np.zeros(len(table))
     for i, point in enumerate(minimised(table)):
-        if np.all(point < ref_point) and not (front <= point).all(axis=1).any():
-            covered = hypervolume_of(np.maximum(front, point), ref_point)
-            box = np.prod(np.subtract(ref_point, point))
-            gains[i] = max(box - covered, 0)   # rounding could leave -1e-17
-            front = np.vstack([front[~(point <= front).all(axis=1)], point])
-    return np.cumsum(gains)
+        joins = not (front <= point).all(axis=1).any()
+        if joins: front = np.vstack([front[~(point <= front).all(axis=1)], point])
+        volumes[i] = hypervolume_of(front, ref_point) if joins else volumes[i - 1]
+    return np.maximum.accumulate(volumes)   # rounding could let it fall by 1e-17
 
 # %% ../nbs/08_pareto.ipynb #cell59
 def attainment(
@@ -199,7 +187,7 @@ def attainment(
     attains = [(minimised(table)[:, None] <= goals).all(axis=2).any(axis=0) for table in tables]
     return np.mean(attains, axis=0)
 
-# %% ../nbs/08_pareto.ipynb #cell66
+# %% ../nbs/08_pareto.ipynb #cell68
 def _bend(name, values):
     "Drawn value below which the asinh axis of an objective is linear; None for a linear axis."
     if objectives[name].of_mask is None: return None
@@ -207,13 +195,13 @@ def _bend(name, values):
     bend = drawn[drawn > 0].min() / 2
     return bend if drawn.max() > 40 * bend else None
 
-# %% ../nbs/08_pareto.ipynb #cell67
+# %% ../nbs/08_pareto.ipynb #cell69
 def _drawn(name, values, bend):
     "Values of an objective as they are drawn on its axis."
     drawn = objectives[name].scale * values
     return np.arcsinh(drawn / bend) if bend else drawn
 
-# %% ../nbs/08_pareto.ipynb #cell68
+# %% ../nbs/08_pareto.ipynb #cell70
 def _label_axis(axis, name, bend):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
     axis.set_label_text(objectives[name].axis)
@@ -223,7 +211,7 @@ def _label_axis(axis, name, bend):
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
 
-# %% ../nbs/08_pareto.ipynb #cell72
+# %% ../nbs/08_pareto.ipynb #cell74
 def _draw_members(ax, members, star, ringed, colors, limits):
     "Members as points, some of them ringed, and the unpruned network as a star."
     x = members.to_numpy().T
@@ -235,7 +223,7 @@ def _draw_members(ax, members, star, ringed, colors, limits):
     ax.scatter(*star.to_numpy().T, marker="*", s=130, c="black", label=label)
     return points
 
-# %% ../nbs/08_pareto.ipynb #cell73
+# %% ../nbs/08_pareto.ipynb #cell75
 def _finish_space(ax, drawn):
     "Stems down to the floor, room for the labels, and the vertical axis on the outer side."
     for points in ax.collections: points.set_depthshade(False)
@@ -250,7 +238,7 @@ def _finish_space(ax, drawn):
         axis.labelpad = 0
         axis.set_major_locator(MaxNLocator(5))
 
-# %% ../nbs/08_pareto.ipynb #cell74
+# %% ../nbs/08_pareto.ipynb #cell76
 def _draw_staircase(ax, points):
     "The bound of what the points dominate; their first column is the horizontal axis."
     names = list(points)
@@ -258,7 +246,7 @@ def _draw_staircase(ax, points):
     x, y = points.sort_values(names).to_numpy().T
     ax.step(x, y, color="0.5", linewidth=1, zorder=0, where=where)
 
-# %% ../nbs/08_pareto.ipynb #cell75
+# %% ../nbs/08_pareto.ipynb #cell77
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
@@ -288,7 +276,7 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/08_pareto.ipynb #cell80
+# %% ../nbs/08_pareto.ipynb #cell82
 def _mark_initial(ax, curves, initial):
     "Mark the end of the initial population; its rise, due to its order alone, is mostly left out."
     label = "end of the initial population"
@@ -296,7 +284,7 @@ def _mark_initial(ax, curves, initial):
     lowest = curves[:, initial - 1].min()
     ax.set_ylim(bottom=max(0, lowest - 0.25 * (curves.max() - lowest) - 0.01))
 
-# %% ../nbs/08_pareto.ipynb #cell81
+# %% ../nbs/08_pareto.ipynb #cell83
 def plot_hypervolume(
     curves:np.ndarray,           # after each evaluation, (n_runs, n_evals) or (n_evals,)
     ax:plt.Axes|None = None,     # where to draw; a new figure by default
@@ -317,7 +305,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/08_pareto.ipynb #cell86
+# %% ../nbs/08_pareto.ipynb #cell88
 def attained(
     tables:list,                 # a front for each run
     fractions:np.ndarray,        # upper bounds on the active fraction, (n_fractions,)
@@ -332,7 +320,7 @@ def attained(
         best.append(values.max(axis=1) if found.maximise else values.min(axis=1))
     return np.array(best)
 
-# %% ../nbs/08_pareto.ipynb #cell90
+# %% ../nbs/08_pareto.ipynb #cell92
 def _draw_attained(ax, sizes, values, objective):
     "Band and median of what the runs attain, (n_runs, n_sizes), from the worst attained value on."
     ax.fill_between(sizes, values.min(axis=0), values.max(axis=0), step="post", alpha=0.2,
@@ -341,7 +329,7 @@ def _draw_attained(ax, sizes, values, objective):
     known = values[values != objective.scale * objective.worst]
     ax.set_ylim(*((known.min(), None) if objective.maximise else (None, known.max())))
 
-# %% ../nbs/08_pareto.ipynb #cell91
+# %% ../nbs/08_pareto.ipynb #cell93
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
@@ -360,7 +348,7 @@ def plot_attainment(
     axes[0].legend(loc="lower right")
     return axes
 
-# %% ../nbs/08_pareto.ipynb #cell96
+# %% ../nbs/08_pareto.ipynb #cell98
 def plot_differences(
     differences:pd.DataFrame,      # from the unpruned network, indexed by member and seed
     axes:np.ndarray|None = None,   # one for each measured objective; a new figure by default

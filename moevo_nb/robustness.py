@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.special import logsumexp
+from sklearn.metrics import roc_curve
 
 # %% ../nbs/07_robustness.ipynb #cell6
 def _scaled(logits, temperature):
@@ -111,15 +112,12 @@ def roc(
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
 ) -> tuple:                  # fpr and tpr, each (n_distinct + 1,), from (0, 0) to (1, 1)
     "Fractions of OoD and of in-distribution images kept, from the strictest threshold on."
-    ood_scores = _checked_scores(ood_scores, "ood_scores")
     id_scores = _checked_scores(id_scores, "id_scores")
-    thresholds = np.unique(np.concatenate([ood_scores, id_scores]))[::-1]
-
-    def kept(scores):
-        n_kept = scores.size - np.searchsorted(np.sort(scores), thresholds)
-        return np.append(0, n_kept) / scores.size
-
-    return kept(ood_scores), kept(id_scores)
+    ood_scores = _checked_scores(ood_scores, "ood_scores")
+    is_id = np.repeat([1, 0], [len(id_scores), len(ood_scores)])
+    scores = np.concatenate([id_scores, ood_scores])
+    fpr, tpr, _ = roc_curve(is_id, scores, drop_intermediate=False)
+    return fpr, tpr
 
 # %% ../nbs/07_robustness.ipynb #cell60
 def fpr_at_tpr(
