@@ -42,8 +42,8 @@ def problem_errors(
                      "as many of either, at least one, expected")
     for k, ((train, evaluate), ood) in enumerate(zip(p.folds, p.ood)):
         if not (len(train) and len(evaluate) and len(ood)) or np.shape(ood)[1] != n_features:
-            found.append(f"fold {k} has {len(train)} training and {len(evaluate)} evaluation images, and "
-                         f"OoD features of shape {np.shape(ood)}: some of each, and {n_features} "
+            found.append(f"fold {k} has {len(train)} training and {len(evaluate)} evaluation images, "
+                         f"and OoD features of shape {np.shape(ood)}: some of each, and {n_features} "
                          "features, expected")
     sizes = [len(ood) for ood in p.ood]
     named = [len(sets) for sets in p.ood_sets or p.ood]
@@ -135,7 +135,8 @@ def fold_outputs(
             score = detector.scorer(head, problem.features[train], problem.labels[train])
             own = problem.features[evaluate]
             found.append(FoldOutputs(
-                problem.labels[evaluate], head.logits(own), score(own), head.logits(ood), score(ood)))
+                problem.labels[evaluate], head.logits(own), score(own),
+                head.logits(ood), score(ood)))
     return found
 
 # %% ../nbs/10_evaluation.ipynb #cell17

@@ -101,8 +101,9 @@ class PymooAlgorithm:
         self.config, variation, n = config, config.variation, config.n_offsprings
         candidates = n if config.surrogate is None else max(100, 10 * n)
         self.algorithm = make(
-            pop_size=config.pop_size, n_offsprings=candidates, eliminate_duplicates=False,
-            sampling=config.first_masks(), crossover=variation.crossover(), mutation=variation.mutation())
+            pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(),
+            eliminate_duplicates=False,
+            crossover=variation.crossover(), mutation=variation.mutation())
         binary = PymooProblem(n_var=variation.n_neurons, n_obj=len(objectives), vtype=bool)
         self.algorithm.setup(binary, termination=NoTermination(), seed=config.seed)
 
@@ -241,7 +242,7 @@ def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
     on_step:Callable|None = None,   # called after each step with the searches
-    on_ask:Callable|None = None,    # called before each step with the searches in it and their masks
+    on_ask:Callable|None = None,    # called before each step with its searches and their masks
 ) -> list:                          # (masks, table) of each run: all that it asked for, in order
     "Run searches to their end, in lock step."
     while busy := [search for search in searches if search.left]:
