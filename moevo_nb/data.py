@@ -287,7 +287,7 @@ def stratified_folds(
 def _duplicate_groups(
     images:ImageSet,
     which=slice(None),    # which images of the set
-) -> np.ndarray|None:     # int (n,): the first of them with the same content; None: no two are alike
+) -> np.ndarray|None:     # int (n,): the first with the same content; None: no two are alike
     "Copies of an image form a group."
     if not images.contents: return None
     contents = np.asarray(images.contents)[which]
@@ -427,6 +427,8 @@ def n_folds(
     folds:int,      # requested
 ) -> int:
     "The number of folds under a protocol, as `splits` takes it. Error: several under holdout."
+    if protocol not in protocols:
+        raise ValueError(f"protocol {protocol!r}: 'paper' or 'holdout' expected.")
     if protocol == "paper": return folds
     if folds > 1:
         raise ValueError(f"protocol holdout has one split, but {folds} folds are requested, in "

@@ -42,9 +42,9 @@ def problem_errors(
                      "as many of either, at least one, expected")
     for k, ((train, evaluate), ood) in enumerate(zip(p.folds, p.ood)):
         if not (len(train) and len(evaluate) and len(ood)) or np.shape(ood)[1] != n_features:
-            found.append(f"fold {k} has {len(train)} training and {len(evaluate)} evaluation images, "
-                         f"and OoD features of shape {np.shape(ood)}: some of each, and {n_features} "
-                         "features, expected")
+            found.append(f"fold {k} has {len(train)} training and {len(evaluate)} evaluation "
+                         f"images, and OoD features of shape {np.shape(ood)}: some of each, and "
+                         f"{n_features} features, expected")
     sizes = [len(ood) for ood in p.ood]
     named = [len(sets) for sets in p.ood_sets or p.ood]
     if sizes != named:

@@ -64,6 +64,10 @@ class Detector:
     uses:str = "logits"    # a method of the head: logits, hidden (activations) or features
     fitted:bool = False    # whether it sees training images
 
+    def __post_init__(self):
+        if self.uses not in ("logits", "hidden", "features"):
+            raise ValueError(f"uses is {self.uses!r}: 'logits', 'hidden' or 'features' expected.")
+
     def scorer(
         self,
         head,                   # a `head.Head`
@@ -78,10 +82,10 @@ class Detector:
 
         return scores
 
-# %% ../nbs/07_robustness.ipynb #cell33
+# %% ../nbs/07_robustness.ipynb #cell34
 detectors = {"odin": Detector(odin), "msp": Detector(max_softmax), "energy": Detector(energy)}
 
-# %% ../nbs/07_robustness.ipynb #cell37
+# %% ../nbs/07_robustness.ipynb #cell38
 def _checked_scores(scores, name):
     "Scores as a float64 vector, after checking that they can be ranked."
     scores = np.asarray(scores, dtype=np.float64)
@@ -94,7 +98,7 @@ def _checked_scores(scores, name):
                          "expected finite scores: check the logits")
     return scores
 
-# %% ../nbs/07_robustness.ipynb #cell38
+# %% ../nbs/07_robustness.ipynb #cell39
 def auroc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -106,7 +110,7 @@ def auroc(
     not_above = np.searchsorted(ood_scores, id_scores, side="right").sum()
     return float((below + not_above) / (2 * id_scores.size * ood_scores.size))
 
-# %% ../nbs/07_robustness.ipynb #cell55
+# %% ../nbs/07_robustness.ipynb #cell56
 def roc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -119,7 +123,7 @@ def roc(
     fpr, tpr, _ = roc_curve(is_id, scores, drop_intermediate=False)
     return fpr, tpr
 
-# %% ../nbs/07_robustness.ipynb #cell60
+# %% ../nbs/07_robustness.ipynb #cell61
 def fpr_at_tpr(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -131,7 +135,7 @@ def fpr_at_tpr(
     fprs, tprs = roc(id_scores, ood_scores)
     return float(fprs[np.argmax(tprs >= tpr)])
 
-# %% ../nbs/07_robustness.ipynb #cell65
+# %% ../nbs/07_robustness.ipynb #cell66
 def mark_below_chance(
     table:pd.DataFrame,       # any values, among them AUROCs
     column:str = "auroc",     # column, or top level of columns, that holds AUROCs
@@ -143,7 +147,7 @@ def mark_below_chance(
 
     return table.apply(shown)
 
-# %% ../nbs/07_robustness.ipynb #cell70
+# %% ../nbs/07_robustness.ipynb #cell71
 def plot_scores(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
@@ -163,7 +167,7 @@ def plot_scores(
     ax.legend()
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell72
+# %% ../nbs/07_robustness.ipynb #cell73
 def plot_roc(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
