@@ -44,31 +44,36 @@ class NeuronEncoding:
 
     def n_neurons(self, n_features, n_classes):
         "Length of a mask."
-        return sum(n_units if layer else n_features for layer in self.masked)
+        return sum(self.sizes(n_features))
 
-    def by_layer(self, mask):
+    def sizes(self, n_features):
+        "Neurons in each of the masked layers."
+        return [n_units if layer else n_features for layer in self.masked]
+
+    def by_layer(self, mask, n_features):
         "Pairs of a layer and its part of the mask; the neurons are on the mask's last axis."
-        size = mask.shape[-1] // len(self.masked)
-        return [(layer, mask[..., k * size:(k + 1) * size]) for k, layer in enumerate(self.masked)]
+        ends = np.cumsum(self.sizes(n_features)).tolist()
+        return [(layer, mask[..., start:end]) for layer, start, end in zip(self.masked, [0, *ends], ends)]
 
     def masked_init(self, mask, weights):
         "What a mask leaves: active inputs, small weights, and no weight masks."
         kept = [np.arange(n) for n in (len(weights[0]), *(w.shape[1] for w in weights))]
-        for layer, part in self.by_layer(mask): kept[layer] = np.flatnonzero(part)
+        for layer, part in self.by_layer(mask, len(weights[0])): kept[layer] = np.flatnonzero(part)
         small = [w[np.ix_(rows, columns)] for w, rows, columns in zip(weights, kept, kept[1:])]
         return kept[0], [np.ascontiguousarray(w) for w in small], None
 
     def weight_factors(self, masks, weights):
         "Factors on the weights of many heads: (n_masks, n_in, 1), (n_masks, 1, n_out) or None."
         factors = [None] * len(weights)
-        for layer, part in self.by_layer(masks):
-            factors[max(0, layer - 1)] = part[:, None, :] if layer else part[:, :, None]
+        for layer, part in self.by_layer(masks, len(weights[0])):
+            k, factor = max(0, layer - 1), part[:, None, :] if layer else part[:, :, None]
+            factors[k] = factor if factors[k] is None else factors[k] * factor
         return factors
 
     def cut(self, mask, weights):
         "Full-size weights without what a mask switches off: active inputs, and small weights."
         inputs, small = np.arange(len(weights[0])), [*weights]
-        for layer, part in self.by_layer(mask):
+        for layer, part in self.by_layer(mask, len(weights[0])):
             small[layer] = small[layer][part]
             if layer: small[layer - 1] = small[layer - 1][:, part]
             else: inputs = np.flatnonzero(part)
@@ -85,8 +90,9 @@ class NeuronEncoding:
 
     def targets(self, neurons, n_features, n_classes):
         "What an explanation of each neuron looks at: its layer, and its place in it."
-        if len(self.masked) == 1: return [(self.masked[0], int(n)) for n in neurons]
-        return [(self.masked[n // n_units], int(n % n_units)) for n in neurons]
+        sizes = self.sizes(n_features)
+        places = [(layer, k) for layer, size in zip(self.masked, sizes) for k in range(size)]
+        return [places[n] for n in neurons]
 
 # %% ../nbs/05_encoding.ipynb #cell12
 @dataclass(frozen=True)

@@ -143,11 +143,11 @@ def fold_outputs(
 def stack_outputs(
     problem:Problem,
     heads:list,      # trained heads of each member, a list with one a fold
-    name:str,        # logits, scores, ood_logits or ood_scores
-) -> list:           # (n_members, n_images, …) of each fold
-    "One of the outputs, of all members."
+) -> dict:           # logits, scores, ood_logits, ood_scores -> (n_members, n_images, …) of each fold
+    "The outputs of all members."
     outputs = [fold_outputs(problem, trained) for trained in heads]
-    return [np.stack([getattr(fold, name) for fold in folds]) for folds in zip(*outputs)]
+    def stacked(name): return [np.stack([getattr(f, name) for f in folds]) for folds in zip(*outputs)]
+    return {name: stacked(name) for name in ("logits", "scores", "ood_logits", "ood_scores")}
 
 # %% ../nbs/10_evaluation.ipynb #cell20
 def _accuracy(mask, outputs):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['neuron_frequency', 'top_neurons', 'frequency_null', 'excess_p_values', 'plot_neuron_frequency', 'frequency_table',
-           'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams', 'upsample',
-           'fraction_on_object', 'pointing_game', 'plot_pointing', 'plot_cams']
+           'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams',
+           'pooled_channels', 'upsample', 'fraction_on_object', 'pointing_game', 'plot_pointing', 'plot_cams']
 
 # %% ../nbs/14_explain.ipynb #cell3
 import difflib
@@ -251,7 +251,16 @@ def feature_cams(
     "Grad-CAM++ maps of pooled features without a backward pass, up to a positive factor each."
     return np.maximum(np.asarray(maps, dtype=np.float32)[:, np.asarray(neurons)], 0)
 
-# %% ../nbs/14_explain.ipynb #cell94
+# %% ../nbs/14_explain.ipynb #cell90
+def pooled_channels(
+    targets:list,   # (layer, index) of each neuron, as an encoding's `targets` gives them
+) -> list:          # indices of pooled features
+    "The channels whose maps explain neurons. Error: a neuron is not a pooled feature."
+    if any(layer for layer, _ in targets):
+        raise ValueError("hidden units have no map of their own: use grad_cam_pp with the unit as target.")
+    return [index for _, index in targets]
+
+# %% ../nbs/14_explain.ipynb #cell97
 def _stretch(
     maps:np.ndarray,   # (..., H, W)
     n_pixels:int,      # new length of the last axis
@@ -264,7 +273,7 @@ def _stretch(
     b = maps[..., np.minimum(left + 1, last)]
     return a + (at - left).astype(maps.dtype) * (b - a)
 
-# %% ../nbs/14_explain.ipynb #cell95
+# %% ../nbs/14_explain.ipynb #cell98
 def upsample(
     maps:np.ndarray,       # (..., H, W)
     size:tuple[int, int],  # height and width in pixels, usually the image's (h, w)
@@ -273,7 +282,7 @@ def upsample(
     rows = _stretch(np.asarray(maps, dtype=np.float32), size[1])
     return _stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
 
-# %% ../nbs/14_explain.ipynb #cell100
+# %% ../nbs/14_explain.ipynb #cell103
 def fraction_on_object(
     cams:np.ndarray,    # (n_neurons, h, w)
     truth:np.ndarray,   # where the object is visible, bool (h, w)
@@ -282,7 +291,7 @@ def fraction_on_object(
     peak = cams == cams.max(axis=(1, 2), keepdims=True)
     return (peak & truth).sum(axis=(1, 2)) / peak.sum(axis=(1, 2))
 
-# %% ../nbs/14_explain.ipynb #cell103
+# %% ../nbs/14_explain.ipynb #cell106
 def pointing_game(
     cams:np.ndarray,    # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
     truth:np.ndarray,   # where the object is, cropped as the input, bool (n_images, h, w)
@@ -298,7 +307,7 @@ def pointing_game(
     hits = [fraction_on_object(upsample(cam, t.shape), t) for cam, t in zip(cams, truth)]
     return np.mean(hits, axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell110
+# %% ../nbs/14_explain.ipynb #cell113
 def plot_pointing(
     neurons:Sequence[int],   # the front's top neurons, (n_neurons,)
     hits:np.ndarray,         # their hit rates, (n_neurons,)
@@ -316,7 +325,7 @@ def plot_pointing(
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell113
+# %% ../nbs/14_explain.ipynb #cell116
 def _draw_cam(
     ax:plt.Axes,
     cam:np.ndarray,            # (h, w), non-negative
@@ -332,7 +341,7 @@ def _draw_cam(
         ax.contour(truth, levels=[0.5], colors="#56B4E9", linewidths=0.7)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell114
+# %% ../nbs/14_explain.ipynb #cell117
 def _empty_grid(
     n_rows:int,
     titles:Sequence,    # of the columns
@@ -350,7 +359,7 @@ def _empty_grid(
     for row, name in zip(axes, classes): row[0].set_ylabel(name, fontsize=7)
     return fig, axes
 
-# %% ../nbs/14_explain.ipynb #cell115
+# %% ../nbs/14_explain.ipynb #cell118
 def plot_cams(
     images:np.ndarray,             # the pictures, uint8 (n_images, h, w, 3)
     cams:np.ndarray,               # their maps at any resolution, (n_images, n_neurons, H, W)

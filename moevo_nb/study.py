@@ -60,32 +60,32 @@ def _at_least(default, meaning, least):
 # %% ../nbs/22_study.ipynb #cell9
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
-    "ood": Parameter("", 'out-of-distribution sets, comma-separated; "": those at hand'),
+    "ood": Parameter("", 'OoD sets, comma-separated; "": registered ones under MOEVO_DATA'),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
     "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
     "image_size": Parameter(
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
-    "encoding": _one_of("features", "what a mask switches; no other is offered so far", "features"),
-    "detector": _one_of("odin", "score that tells OoD images apart, or msp or energy", *detectors),
-    "protocol": _one_of("paper", "holdout: choose by validation images, report others", *protocols),
+    "encoding": _one_of("features", "what a mask switches; only features so far", "features"),
+    "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
+    "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
-    "preset": _one_of("quick", "training in the search, or paper; the front's is paper", *presets),
+    "preset": _one_of("quick", "training in the search: quick or paper; the front's is paper", *presets),
     "search": _one_of(
-        "informed", "paper: blind; informed: by features and earlier masks", "informed", "paper"),
+        "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
     "algorithm": _one_of(
-        "nsga2", "or spea2, smsemoa, agemoea2, random, evoprunedeeptl", *algorithms),
+        "nsga2", "nsga2, spea2, smsemoa, agemoea2, random or evoprunedeeptl", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
     "n_offsprings": _at_least(2, "masks a step, after the first population", 1),
     "n_evals": _at_least(200, "masks evaluated by each run, repeated ones included", 1),
-    "runs": _at_least(1, "independent runs, with seeds seed, seed + 1, …", 1),
+    "runs": _at_least(1, "search runs, with seeds seed, seed + 1, …, on the same split", 1),
     "seed": _at_least(0, "of splits, OoD images, heads and search", 0),
     "n_jobs": _at_least(0, "processes of one thread each; 0: one for each core", 0),
     "device": _one_of("cpu", "of backbone and heads: cpu, cuda or mps", "cpu", "cuda", "mps"),
     "scheduler": Parameter(
         "", 'Dask scheduler of the heads, tcp://host:port; "": none',
         lambda v: v[:6] in ("", "tcp://", "tls://"), "'' or tcp://host:port"),
-    "resume": _one_of("auto", "must: fail if there is nothing to go on from", "auto", "must"),
+    "resume": _one_of("auto", "auto, or must: fail if there is nothing to go on from", "auto", "must"),
     "on_bad": _one_of("error", "error or skip: what to do about unusable images", "error", "skip"),
     "show_images": Parameter(True, "False keeps pictures of the data set out of this notebook"),
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
@@ -199,8 +199,8 @@ def results_folder(
 # %% ../nbs/22_study.ipynb #cell28
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
                       "neurons", "cams", "pointing", "ensembles")
-packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "captum",
-            "pandas", "pillow")   # whose versions a result names
+packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
+            "scikit-learn", "pandas", "pillow")   # whose versions a result names
 
 # %% ../nbs/22_study.ipynb #cell29
 class Run:
