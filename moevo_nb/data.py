@@ -269,10 +269,23 @@ def load(
     about = f"{name}: {row['citation']}; licence: {row['licence']}; {row['source']}"
     return folder_set(folder, row["image_size"], on_bad, least, folds=row["folds"], about=about)
 
-# %% ../nbs/03_data.ipynb #cell63
+# %% ../nbs/03_data.ipynb #cell64
+def _strata(
+    labels:np.ndarray,   # (n_images,)
+    n:int,               # images that a stratum must have
+) -> np.ndarray:         # stratum of each image, (n_images,)
+    "Classes, the smallest of them joined until each stratum is large enough."
+    _, strata, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    while len(counts) > 1 and counts.min() < n:
+        smallest, next_larger = np.argsort(counts, kind="stable")[:2]
+        strata[strata == smallest] = next_larger
+        _, strata, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    return strata
+
+# %% ../nbs/03_data.ipynb #cell66
 def stratified_folds(
     labels:np.ndarray,              # (n_images,)
-    folds:int,                      # at least 2, at most the size of the smallest class
+    folds:int,                      # at least 2
     seed:int = 0,                   # of the shuffle
     groups:np.ndarray|None = None,  # images of one group share a fold, (n_images,); None: no groups
 ) -> np.ndarray:                    # fold of each image, int (n_images,)
@@ -280,10 +293,11 @@ def stratified_folds(
     groups = np.arange(len(labels)) if groups is None else groups
     fold = np.empty(len(labels), int)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for k, (_, held_out) in enumerate(splitter.split(labels, labels, groups)): fold[held_out] = k
+    strata = _strata(labels, folds)
+    for k, (_, held_out) in enumerate(splitter.split(strata, strata, groups)): fold[held_out] = k
     return fold
 
-# %% ../nbs/03_data.ipynb #cell67
+# %% ../nbs/03_data.ipynb #cell71
 def _duplicate_groups(
     images:ImageSet,
     which=slice(None),    # which images of the set
@@ -294,7 +308,7 @@ def _duplicate_groups(
     first = {content: i for i, content in reversed([*enumerate(contents)])}
     return np.array([first[content] for content in contents])
 
-# %% ../nbs/03_data.ipynb #cell68
+# %% ../nbs/03_data.ipynb #cell72
 def splits(
     images:ImageSet,
     folds:int = 0,   # 0: as registered; 1: own split or 20 % hold-out; 2 or more: stratified folds
@@ -309,11 +323,11 @@ def splits(
     if smallest < needed:
         raise ValueError(f"{images.name}: the smallest class has {smallest} images, but at least "
                          f"{needed} are needed to split it: add images or ask for fewer folds.")
-    n_folds = folds if folds > 1 else min(5, smallest)   # a single fold holds out a fifth
+    n_folds = folds if folds > 1 else 5   # a single fold holds out a fifth
     fold = stratified_folds(images.labels, n_folds, seed, _duplicate_groups(images))
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(max(folds, 1))]
 
-# %% ../nbs/03_data.ipynb #cell75
+# %% ../nbs/03_data.ipynb #cell79
 def split_validation(
     images:ImageSet,
     train:np.ndarray,   # indices of a fold's training images
@@ -325,10 +339,10 @@ def split_validation(
     if smallest < 2:
         raise ValueError(f"{images.name}: a class has fewer than 2 training images, so that none "
                          "can be reserved for validation: add images, or use protocol 'paper'.")
-    fold = stratified_folds(labels, min(5, smallest), seed, _duplicate_groups(images, train))
+    fold = stratified_folds(labels, 5, seed, _duplicate_groups(images, train))
     return train[fold != 0], train[fold == 0]
 
-# %% ../nbs/03_data.ipynb #cell79
+# %% ../nbs/03_data.ipynb #cell83
 def balanced_counts(
     n:int,            # how many in total
     available:list,   # how many there are in each group
@@ -345,7 +359,7 @@ def balanced_counts(
         for k in unfilled[:n - take.sum()]: take[k] += min(each, available[k] - take[k])
     return take
 
-# %% ../nbs/03_data.ipynb #cell81
+# %% ../nbs/03_data.ipynb #cell85
 def _draw_balanced(images, allowed, n, rng):
     "Sorted indices of n allowed images, balanced over the classes."
     members = []
@@ -354,7 +368,7 @@ def _draw_balanced(images, allowed, n, rng):
     counts = balanced_counts(n, [len(m) for m in members])
     return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
 
-# %% ../nbs/03_data.ipynb #cell82
+# %% ../nbs/03_data.ipynb #cell86
 def ood_mixture(
     sets:list,                # the OoD image sets
     n:int,                    # how many images in total: as many as there are evaluation images
@@ -368,7 +382,7 @@ def ood_mixture(
     return [_draw_balanced(images, allowed[k], counts[k], np.random.default_rng([seed, k]))
             for k, images in enumerate(sets)]
 
-# %% ../nbs/03_data.ipynb #cell88
+# %% ../nbs/03_data.ipynb #cell92
 def _ood_default(dataset):
     "Names of the default OoD sets of a data set, see `ood_names`."
     if dataset in rendered: return [name for name in rendered if name != dataset]
@@ -383,7 +397,7 @@ def _ood_default(dataset):
     if "dtd" in present and "dtd10" in present: present.remove("dtd10")   # a part of dtd
     return present or list(rendered)
 
-# %% ../nbs/03_data.ipynb #cell89
+# %% ../nbs/03_data.ipynb #cell93
 def ood_names(
     dataset:str,     # the data set under study
     ood:str = "",    # names or folders, separated by commas; "": the default
@@ -397,7 +411,7 @@ def ood_names(
                          f"name each set once, and not {dataset!r} itself.")
     return names
 
-# %% ../nbs/03_data.ipynb #cell94
+# %% ../nbs/03_data.ipynb #cell98
 def ood_sets(
     images:ImageSet,        # the set under study
     dataset:str,            # its name or folder, as it was loaded
@@ -419,7 +433,7 @@ def ood_sets(
                          f"before them: {shared}; name other sets.")
     return usable or [rendered_set(name) for name in rendered]
 
-# %% ../nbs/03_data.ipynb #cell97
+# %% ../nbs/03_data.ipynb #cell101
 protocols = ("paper", "holdout")
 
 def n_folds(
@@ -435,7 +449,7 @@ def n_folds(
                          "which each image trains some head: leave folds at 0.")
     return 1
 
-# %% ../nbs/03_data.ipynb #cell99
+# %% ../nbs/03_data.ipynb #cell103
 def protocol_splits(
     images:ImageSet,
     others:list,             # the OoD image sets
@@ -454,7 +468,7 @@ def protocol_splits(
     unseen = ood_mixture(others, len(validation), seed, taken)
     return [(train, validation, unseen)], [(train, evaluate, taken)]
 
-# %% ../nbs/03_data.ipynb #cell107
+# %% ../nbs/03_data.ipynb #cell111
 def _contact_sheet(rows, size):
     "Rows of square images side by side on white, uint8 (height, width, 3)."
     sheet = np.full((len(rows) * size, max(map(len, rows)) * size, 3), 255, np.uint8)
@@ -463,7 +477,7 @@ def _contact_sheet(rows, size):
             sheet[y:y + size, x:x + size] = image
     return sheet
 
-# %% ../nbs/03_data.ipynb #cell108
+# %% ../nbs/03_data.ipynb #cell112
 def plot_examples(
     images:ImageSet,
     indices:np.ndarray,    # of the images to choose from

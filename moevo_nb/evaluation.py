@@ -45,10 +45,14 @@ def problem_errors(
             found.append(f"fold {k} has {len(train)} training and {len(evaluate)} evaluation "
                          f"images, and OoD features of shape {np.shape(ood)}: some of each, and "
                          f"{n_features} features, expected")
+        if len(np.intersect1d(train, evaluate)):
+            found.append(f"fold {k} evaluates images that it is trained on: none expected")
     sizes = [len(ood) for ood in p.ood]
     named = [len(sets) for sets in p.ood_sets or p.ood]
     if sizes != named:
         found.append(f"{named} names of sets for {sizes} OoD images: one an image expected")
+    if any("pooled" in sets for sets in p.ood_sets or []):
+        found.append("an OoD set is called 'pooled', as all of them together are: rename it")
     return found
 
 # %% ../nbs/10_evaluation.ipynb #cell7
@@ -113,7 +117,7 @@ def _toy_problem(
     ood = np.maximum(shifted, 0).astype(np.float32)
     return Problem(x, labels, [(np.arange(n // 2), np.arange(n // 2, n))], [ood], **settings)
 
-# %% ../nbs/10_evaluation.ipynb #cell14
+# %% ../nbs/10_evaluation.ipynb #cell15
 @dataclass(frozen=True)
 class FoldOutputs:
     "What the head of one fold says of images that it was not trained on."
@@ -123,7 +127,7 @@ class FoldOutputs:
     ood_logits:np.ndarray  # of the OoD images, float32 (n_ood, n_classes)
     ood_scores:np.ndarray  # of the OoD images, (n_ood,)
 
-# %% ../nbs/10_evaluation.ipynb #cell15
+# %% ../nbs/10_evaluation.ipynb #cell16
 def fold_outputs(
     problem:Problem,
     heads:list,      # trained heads, one a fold
@@ -139,7 +143,7 @@ def fold_outputs(
                 head.logits(ood), score(ood)))
     return found
 
-# %% ../nbs/10_evaluation.ipynb #cell17
+# %% ../nbs/10_evaluation.ipynb #cell18
 def stack_outputs(
     problem:Problem,
     heads:list,      # trained heads of each member, a list with one a fold
@@ -149,21 +153,21 @@ def stack_outputs(
     def stacked(name): return [np.stack([getattr(f, name) for f in folds]) for folds in zip(*outputs)]
     return {name: stacked(name) for name in ("logits", "scores", "ood_logits", "ood_scores")}
 
-# %% ../nbs/10_evaluation.ipynb #cell20
+# %% ../nbs/10_evaluation.ipynb #cell21
 def _accuracy(mask, outputs):
     return [float((fold.logits.argmax(1) == fold.labels).mean()) for fold in outputs]
 
-# %% ../nbs/10_evaluation.ipynb #cell21
+# %% ../nbs/10_evaluation.ipynb #cell22
 def _active_fraction(mask, outputs): return active_fraction(np.atleast_2d(mask)).tolist()
 
-# %% ../nbs/10_evaluation.ipynb #cell22
+# %% ../nbs/10_evaluation.ipynb #cell23
 def _auroc(mask, outputs): return [auroc(fold.scores, fold.ood_scores) for fold in outputs]
 
-# %% ../nbs/10_evaluation.ipynb #cell23
+# %% ../nbs/10_evaluation.ipynb #cell24
 # a function for each of `pareto.objectives`: mask, `FoldOutputs` of each fold -> value in each fold
 measures = {"accuracy": _accuracy, "active_fraction": _active_fraction, "auroc": _auroc}
 
-# %% ../nbs/10_evaluation.ipynb #cell24
+# %% ../nbs/10_evaluation.ipynb #cell25
 def measure(
     problem:Problem,
     mask:np.ndarray,   # bool (n_neurons,), or (n_folds, n_neurons)
@@ -176,7 +180,7 @@ def measure(
     epochs = sum(len(head.losses) for head in heads)
     return means | dict(folds=folds, epochs=epochs, seconds=sum(head.seconds for head in heads))
 
-# %% ../nbs/10_evaluation.ipynb #cell30
+# %% ../nbs/10_evaluation.ipynb #cell31
 def measure_members(
     problem:Problem,
     masks:np.ndarray,   # bool (n_masks, n_neurons)
@@ -186,7 +190,7 @@ def measure_members(
     rows = [measure(problem, mask, trained) for mask, trained in zip(masks, heads)]
     return pd.DataFrame(rows)[list(objectives)]
 
-# %% ../nbs/10_evaluation.ipynb #cell31
+# %% ../nbs/10_evaluation.ipynb #cell32
 def fit_and_measure(
     problem:Problem,
     masks:np.ndarray,                # bool (n_masks, n_neurons)
@@ -200,21 +204,23 @@ def fit_and_measure(
         if progress: progress()
     return heads, measure_members(problem, masks, heads)
 
-# %% ../nbs/10_evaluation.ipynb #cell34
+# %% ../nbs/10_evaluation.ipynb #cell35
 def measure_ood(
     problem:Problem,   # with `ood_sets`
     heads:list,        # trained heads, one a fold
 ) -> pd.DataFrame:     # a row a set, and last "pooled": auroc (higher is better), fpr95 (lower)
     "How well OoD images are told apart, for each set that they come from; means over folds."
+    if problem.ood_sets is None: raise ValueError("the problem names no OoD sets: give it ood_sets.")
     rows = []
     for fold, names in zip(fold_outputs(problem, heads), map(np.asarray, problem.ood_sets)):
         by_set = {name: fold.ood_scores[names == name] for name in dict.fromkeys(names.tolist())}
         for name, scores in (by_set | {"pooled": fold.ood_scores}).items():
             found = dict(auroc=auroc(fold.scores, scores), fpr95=fpr_at_tpr(fold.scores, scores))
             rows.append(dict(ood=name) | found)
-    return pd.DataFrame(rows).groupby("ood", sort=False).mean()
+    table = pd.DataFrame(rows).groupby("ood", sort=False).mean()
+    return table.loc[[*table.index.drop("pooled"), "pooled"]]
 
-# %% ../nbs/10_evaluation.ipynb #cell38
+# %% ../nbs/10_evaluation.ipynb #cell39
 class Evaluator:
     "Masks to objectives, by way of the store."
     def __init__(
@@ -254,7 +260,7 @@ class Evaluator:
         for mask, heads in zip(masks, self.problem.fit(masks, self.n_jobs)):
             yield measure(self.problem, mask, heads)
 
-# %% ../nbs/10_evaluation.ipynb #cell43
+# %% ../nbs/10_evaluation.ipynb #cell46
 def over_seeds(
     problem:Problem,
     masks:np.ndarray,                # as `Evaluator` takes them
@@ -269,7 +275,7 @@ def over_seeds(
         tables[seed] = Evaluator(replace(problem, seed=seed), store, n_jobs, progress)(masks)
     return pd.concat(tables, names=["seed", "mask"])
 
-# %% ../nbs/10_evaluation.ipynb #cell44
+# %% ../nbs/10_evaluation.ipynb #cell47
 def minus_last(
     spread:pd.DataFrame,   # as from `over_seeds`; the last mask is the one to compare with
     names:pd.Index,        # of the other masks, in order
@@ -278,7 +284,7 @@ def minus_last(
     wide = spread[measured_objectives()].unstack("seed")
     return (wide.iloc[:-1] - wide.iloc[-1]).set_axis(names).stack("seed", future_stack=True)
 
-# %% ../nbs/10_evaluation.ipynb #cell48
+# %% ../nbs/10_evaluation.ipynb #cell51
 def connect_dask(
     address:str,        # tcp://host:port or tls://host:port
     timeout:float = 5,  # seconds
@@ -293,7 +299,7 @@ def connect_dask(
                          f"start one with `dask scheduler` and workers with `dask worker {address} "
                          "--nthreads 1`, or leave `scheduler` empty.") from None
 
-# %% ../nbs/10_evaluation.ipynb #cell49
+# %% ../nbs/10_evaluation.ipynb #cell52
 @contextmanager
 def dask_workers(
     address:str,       # of the Dask scheduler; "": this machine

@@ -69,7 +69,7 @@ def excess_p_values(
     as_large = (largest >= excess[:, None] - 1e-12).sum(axis=1)
     return (1 + as_large) / (1 + len(null))
 
-# %% ../nbs/14_explain.ipynb #cell28
+# %% ../nbs/14_explain.ipynb #cell31
 def _plot_frequency(ax, masks, neurons, null):
     "Bars of the frequencies under intervals of the null; returns the null's legend entry."
     rows = np.arange(len(neurons))
@@ -82,7 +82,7 @@ def _plot_frequency(ax, masks, neurons, null):
     drawn = ax.errorbar(middle, rows, xerr=intervals, fmt="o", color="k", ms=3, lw=1.2, capsize=2)
     return {"sampler alone: median, 95 %": drawn}
 
-# %% ../nbs/14_explain.ipynb #cell29
+# %% ../nbs/14_explain.ipynb #cell32
 def _plot_objective(ax, masks, neurons, values):
     "A box for each neuron over the members that use it; returns the median's legend entry."
     used = [values[np.asarray(masks)[:, n]] for n in neurons]
@@ -93,7 +93,7 @@ def _plot_objective(ax, masks, neurons, values):
     median = ax.axvline(np.median(values), color="0.4", linewidth=1, linestyle="--", zorder=3)
     return {"median of the front": median}
 
-# %% ../nbs/14_explain.ipynb #cell30
+# %% ../nbs/14_explain.ipynb #cell33
 def plot_neuron_frequency(
     masks:np.ndarray,         # masks of the front's members, bool (n_masks, n_neurons)
     table:pd.DataFrame,       # objectives of the same members, in the same order
@@ -116,7 +116,7 @@ def plot_neuron_frequency(
     fig.legend(entries.values(), entries, loc="outside upper right", ncols=2)
     return fig
 
-# %% ../nbs/14_explain.ipynb #cell35
+# %% ../nbs/14_explain.ipynb #cell38
 def frequency_table(
     masks:np.ndarray,     # masks of the front's members, bool (n_masks, n_neurons)
     table:pd.DataFrame,   # their objectives
@@ -133,7 +133,7 @@ def frequency_table(
         found[f"median_{name}"] = [table[name][masks[:, neuron]].median() for neuron in top]
     return found
 
-# %% ../nbs/14_explain.ipynb #cell38
+# %% ../nbs/14_explain.ipynb #cell41
 def find_layer(
     model:nn.Module,
     target_layer:str|nn.Module,   # dotted name as in model.named_modules(), or the module itself
@@ -148,7 +148,7 @@ def find_layer(
     nearest = ", ".join(difflib.get_close_matches(target_layer, layers, n=3, cutoff=0))
     raise ValueError(f"the model has no layer {target_layer!r}; the nearest names are {nearest}")
 
-# %% ../nbs/14_explain.ipynb #cell44
+# %% ../nbs/14_explain.ipynb #cell47
 def _check_maps(output, record):
     "Refuses an output that is no feature map, and a layer that has run before."
     if record.activations is not None:
@@ -159,7 +159,7 @@ def _check_maps(output, record):
         raise ValueError("the target layer must give feature maps (n, C, H, W): "
                          f"choose one before the pooling, not one that gives {given}")
 
-# %% ../nbs/14_explain.ipynb #cell45
+# %% ../nbs/14_explain.ipynb #cell48
 @contextmanager
 def layer_record(
     model:nn.Module,
@@ -179,7 +179,7 @@ def layer_record(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/14_explain.ipynb #cell51
+# %% ../nbs/14_explain.ipynb #cell54
 @contextmanager
 def _eval_mode(model):
     "Run a model as at test time; afterwards every module has its mode back."
@@ -189,7 +189,7 @@ def _eval_mode(model):
     finally:
         for module, training in modes.items(): module.training = training
 
-# %% ../nbs/14_explain.ipynb #cell52
+# %% ../nbs/14_explain.ipynb #cell55
 def layer_gradients(
     model:nn.Module,                                # images -> any output; parameters may be frozen
     images:torch.Tensor,                            # (n, 3, h, w), on the model's device
@@ -211,7 +211,7 @@ def layer_gradients(
                          "and a model whose forward does not switch gradients off")
     return record.activations.detach(), record.gradients
 
-# %% ../nbs/14_explain.ipynb #cell61
+# %% ../nbs/14_explain.ipynb #cell64
 def _weighted_relu(
     weights:torch.Tensor,       # one weight for each channel, (n, C, 1, 1)
     activations:torch.Tensor,   # feature maps, (n, C, H, W)
@@ -219,7 +219,7 @@ def _weighted_relu(
     "The positive part of a weighted sum of channels."
     return (weights * activations).sum(dim=1).relu().float().cpu().numpy()
 
-# %% ../nbs/14_explain.ipynb #cell62
+# %% ../nbs/14_explain.ipynb #cell65
 def grad_cam(
     model:nn.Module,                                # images -> any output; parameters may be frozen
     images:torch.Tensor,                            # (n, 3, h, w), on the model's device
@@ -230,7 +230,7 @@ def grad_cam(
     activations, gradients = layer_gradients(model, images, target_layer, target)
     return _weighted_relu(gradients.mean(dim=(2, 3), keepdim=True), activations)
 
-# %% ../nbs/14_explain.ipynb #cell69
+# %% ../nbs/14_explain.ipynb #cell72
 def grad_cam_pp(
     model:nn.Module,                                # images -> any output; parameters may be frozen
     images:torch.Tensor,                            # (n, 3, h, w), on the model's device
@@ -243,7 +243,7 @@ def grad_cam_pp(
     alpha = torch.where(denominator > 0, 1 / denominator, 0)   # eq. 19, g² cancelled
     return _weighted_relu((alpha * gradients.relu()).sum(dim=(2, 3), keepdim=True), activations)
 
-# %% ../nbs/14_explain.ipynb #cell87
+# %% ../nbs/14_explain.ipynb #cell90
 def feature_cams(
     maps:np.ndarray,         # maps whose global averages are the features, (n_images, C, H, W)
     neurons:Sequence[int],   # indices of pooled features, (n_neurons,)
@@ -251,7 +251,7 @@ def feature_cams(
     "Grad-CAM++ maps of pooled features without a backward pass, up to a positive factor each."
     return np.maximum(np.asarray(maps, dtype=np.float32)[:, np.asarray(neurons)], 0)
 
-# %% ../nbs/14_explain.ipynb #cell90
+# %% ../nbs/14_explain.ipynb #cell93
 def pooled_channels(
     targets:list,   # (layer, index) of each neuron, as an encoding's `targets` gives them
 ) -> list:          # indices of pooled features
@@ -260,7 +260,7 @@ def pooled_channels(
         raise ValueError("hidden units have no map of their own: use grad_cam_pp with the unit as target.")
     return [index for _, index in targets]
 
-# %% ../nbs/14_explain.ipynb #cell97
+# %% ../nbs/14_explain.ipynb #cell100
 def _stretch(
     maps:np.ndarray,   # (..., H, W)
     n_pixels:int,      # new length of the last axis
@@ -273,7 +273,7 @@ def _stretch(
     b = maps[..., np.minimum(left + 1, last)]
     return a + (at - left).astype(maps.dtype) * (b - a)
 
-# %% ../nbs/14_explain.ipynb #cell98
+# %% ../nbs/14_explain.ipynb #cell101
 def upsample(
     maps:np.ndarray,       # (..., H, W)
     size:tuple[int, int],  # height and width in pixels, usually the image's (h, w)
@@ -282,7 +282,7 @@ def upsample(
     rows = _stretch(np.asarray(maps, dtype=np.float32), size[1])
     return _stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
 
-# %% ../nbs/14_explain.ipynb #cell103
+# %% ../nbs/14_explain.ipynb #cell106
 def fraction_on_object(
     cams:np.ndarray,    # (n_neurons, h, w)
     truth:np.ndarray,   # where the object is visible, bool (h, w)
@@ -291,7 +291,7 @@ def fraction_on_object(
     peak = cams == cams.max(axis=(1, 2), keepdims=True)
     return (peak & truth).sum(axis=(1, 2)) / peak.sum(axis=(1, 2))
 
-# %% ../nbs/14_explain.ipynb #cell106
+# %% ../nbs/14_explain.ipynb #cell109
 def pointing_game(
     cams:np.ndarray,    # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
     truth:np.ndarray,   # where the object is, cropped as the input, bool (n_images, h, w)
@@ -307,7 +307,7 @@ def pointing_game(
     hits = [fraction_on_object(upsample(cam, t.shape), t) for cam, t in zip(cams, truth)]
     return np.mean(hits, axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell113
+# %% ../nbs/14_explain.ipynb #cell116
 def plot_pointing(
     neurons:Sequence[int],   # the front's top neurons, (n_neurons,)
     hits:np.ndarray,         # their hit rates, (n_neurons,)
@@ -325,7 +325,7 @@ def plot_pointing(
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell116
+# %% ../nbs/14_explain.ipynb #cell119
 def _draw_cam(
     ax:plt.Axes,
     cam:np.ndarray,            # (h, w), non-negative
@@ -341,7 +341,7 @@ def _draw_cam(
         ax.contour(truth, levels=[0.5], colors="#56B4E9", linewidths=0.7)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell117
+# %% ../nbs/14_explain.ipynb #cell120
 def _empty_grid(
     n_rows:int,
     titles:Sequence,    # of the columns
@@ -359,7 +359,7 @@ def _empty_grid(
     for row, name in zip(axes, classes): row[0].set_ylabel(name, fontsize=7)
     return fig, axes
 
-# %% ../nbs/14_explain.ipynb #cell118
+# %% ../nbs/14_explain.ipynb #cell121
 def plot_cams(
     images:np.ndarray,             # the pictures, uint8 (n_images, h, w, 3)
     cams:np.ndarray,               # their maps at any resolution, (n_images, n_neurons, H, W)

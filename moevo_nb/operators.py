@@ -141,7 +141,9 @@ class InformedVariation:
     def n_neurons(self): return len(self.importance)
 
     @property
-    def name(self): return f"informed {digest(self.importance)[:8]}"
+    def name(self):
+        course = digest(self.importance, self.smallest, self.exponents, self.operator_exponent)
+        return f"informed {course[:8]}"
 
     def sample(self, n_masks, seed=0, step=0):
         "Masks from nothing, bool (n_masks, n_neurons); another step gives other masks."

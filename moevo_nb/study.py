@@ -449,7 +449,7 @@ def read_results(
     rows = []
     for path in sorted(Path(folder).rglob("result.json")):
         found = json.loads(path.read_text())
-        if "hypervolume" not in found: continue
+        if "front_size" not in found: continue
         row = dict(folder=str(path.parent)) | _setting(found)
         row |= {name: found[name] for name in ("evaluations", "hypervolume", "front_size")}
         for member in ("best", "unpruned"):

@@ -9,6 +9,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from moevo_nb.store import Store
+
 root = Path(__file__).parent.parent
 small = dict(ood="weaves", image_size=48, n_evals=7, pop_size=4, n_jobs=1)
 
@@ -38,6 +40,11 @@ def test_a_run_leaves_everything_behind(finished):
     out = finished[0] / "results"
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
+    assert set(result["ood_by_set"]) == set(result["notable_members"])
+    unpruned = result["ood_by_set"]["unpruned"]["auroc"]
+    assert list(unpruned) == ["weaves", "pooled"] and abs(unpruned["pooled"] - result["unpruned"]["auroc"]) < 1e-9
+    assert result["seeds"] == [1, 2, 3, 4, 5] and result["gains_over_seeds"]["knee"]["accuracy"]["min"] <= 1
+    assert result["training_seconds"]["search"] > 0 and 0 <= result["recurring_neurons"]["sampler_top_frequency"] <= 1
     front = pd.read_csv(out / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "searched_accuracy", "searched_auroc", "mask"]
     assert len(front) == result["front_size"]
@@ -95,3 +102,23 @@ def test_bad_parameters_stop_before_anything_is_computed(tmp_path, wrong, said):
     done = papermill(tmp_path, tmp_path / "cache", **dict(dict(out_dir="results"), **wrong))
     assert done.returncode != 0 and all(words in done.stderr for words in said)
     assert (tmp_path / "results" / "result.json").read_text() == "{}" and not (tmp_path / "cache").exists()
+
+
+def test_folds_give_each_fold_its_own_ranked_mask(finished, class_folders, tmp_path):
+    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, folds=2, out_dir="results", **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Store(tmp_path / "results" / "evaluations.sqlite") as store: n_digits = {len(mask) for _, mask, *_ in store.read("evaluations")}
+    assert n_digits == {1280 // 4}                                            # what the search asked for holds for both folds
+    with Store(finished[0] / "cache" / "evaluations.sqlite") as store:
+        ranked = [mask for _, mask, *_ in store.read("evaluations") if len(mask) == 2 * 1280 // 4]
+    assert len(ranked) == 8 and all(mask[:320] != mask[320:] for mask in ranked)   # the ranked masks differ between folds
+
+
+def test_the_paper_reads_what_runs_left(finished):
+    folder = finished[0]
+    (folder / "study").mkdir(exist_ok=True)
+    (folder / "study" / "result.json").write_text(json.dumps(dict(parameters={}, measurements=dict(hypervolume={}))))
+    done = subprocess.run([str(Path(sys.executable).parent / "papermill"), str(root / "nbs" / "paper.ipynb"), "paper.ipynb", "-p", "folder", "."],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "published" in (folder / "paper.ipynb").read_text()

@@ -79,6 +79,7 @@ layers = {   # module: what it may import, besides system, which every module ma
 def imported(path):
     "The modules of the package that a file imports."
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1: yield node.module
         if isinstance(node, ast.ImportFrom) and node.module == "moevo_nb": yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moevo_nb."): yield node.module.split(".")[1]
         elif isinstance(node, ast.Import): yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("moevo_nb."))
