@@ -53,7 +53,8 @@ class NeuronEncoding:
     def by_layer(self, mask, n_features):
         "Pairs of a layer and its part of the mask; the neurons are on the mask's last axis."
         ends = np.cumsum(self.sizes(n_features)).tolist()
-        return [(layer, mask[..., start:end]) for layer, start, end in zip(self.masked, [0, *ends], ends)]
+        parts = [mask[..., start:end] for start, end in zip([0, *ends], ends)]
+        return list(zip(self.masked, parts))
 
     def masked_init(self, mask, weights):
         "What a mask leaves: active inputs, small weights, and no weight masks."

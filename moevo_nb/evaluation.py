@@ -147,10 +147,11 @@ def fold_outputs(
 def stack_outputs(
     problem:Problem,
     heads:list,      # trained heads of each member, a list with one a fold
-) -> dict:           # logits, scores, ood_logits, ood_scores -> (n_members, n_images, …) of each fold
+) -> dict:           # logits, scores, ood_logits, ood_scores: (n_members, n_images, …) a fold
     "The outputs of all members."
     outputs = [fold_outputs(problem, trained) for trained in heads]
-    def stacked(name): return [np.stack([getattr(f, name) for f in folds]) for folds in zip(*outputs)]
+    def stacked(name):
+        return [np.stack([getattr(fold, name) for fold in folds]) for folds in zip(*outputs)]
     return {name: stacked(name) for name in ("logits", "scores", "ood_logits", "ood_scores")}
 
 # %% ../nbs/10_evaluation.ipynb #cell21
@@ -210,7 +211,8 @@ def measure_ood(
     heads:list,        # trained heads, one a fold
 ) -> pd.DataFrame:     # a row a set, and last "pooled": auroc (higher is better), fpr95 (lower)
     "How well OoD images are told apart, for each set that they come from; means over folds."
-    if problem.ood_sets is None: raise ValueError("the problem names no OoD sets: give it ood_sets.")
+    if problem.ood_sets is None:
+        raise ValueError("the problem names no OoD sets: give it ood_sets.")
     rows = []
     for fold, names in zip(fold_outputs(problem, heads), map(np.asarray, problem.ood_sets)):
         by_set = {name: fold.ood_scores[names == name] for name in dict.fromkeys(names.tolist())}

@@ -257,7 +257,8 @@ def pooled_channels(
 ) -> list:          # indices of pooled features
     "The channels whose maps explain neurons. Error: a neuron is not a pooled feature."
     if any(layer for layer, _ in targets):
-        raise ValueError("hidden units have no map of their own: use grad_cam_pp with the unit as target.")
+        raise ValueError("hidden units have no map of their own: "
+                         "use grad_cam_pp with the unit as target.")
     return [index for _, index in targets]
 
 # %% ../nbs/14_explain.ipynb #cell100

@@ -70,7 +70,7 @@ parameters = {
     "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
-    "preset": _one_of("quick", "training in the search: quick or paper; the front's is paper", *presets),
+    "preset": _one_of("quick", "training in the search: quick or paper", *presets),
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
     "algorithm": _one_of(
@@ -85,7 +85,7 @@ parameters = {
     "scheduler": Parameter(
         "", 'Dask scheduler of the heads, tcp://host:port; "": none',
         lambda v: v[:6] in ("", "tcp://", "tls://"), "'' or tcp://host:port"),
-    "resume": _one_of("auto", "auto, or must: fail if there is nothing to go on from", "auto", "must"),
+    "resume": _one_of("auto", "auto, or must: fail if there is nothing to resume", "auto", "must"),
     "on_bad": _one_of("error", "error or skip: what to do about unusable images", "error", "skip"),
     "show_images": Parameter(True, "False keeps pictures of the data set out of this notebook"),
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
@@ -211,7 +211,7 @@ class Run:
         figures:tuple = experiment_figures, # names of the figures and tables that the run may leave
     ):
         self.parameters, self.figures, self.results = parameters, figures, {}
-        self.seconds, self.held = {}, ExitStack()
+        self.seconds, self.held, self.commit = {}, ExitStack(), _git_commit()
         self.folder = results_folder(parameters["out_dir"], parameters.get("dataset", ""))
 
     def start(self):
@@ -243,11 +243,11 @@ class Run:
 
     def record(self, **results):
         "Keep results for `result.json`; tables become nested dictionaries."
-        self.results |= {name: as_json(value) for name, value in results.items()}
+        self.results |= as_json(results)
 
     def finish(self):
         "Write `result.json`: parameters, versions, commit, results, seconds."
-        about = dict(parameters=self.parameters, versions=versions(*packages), commit=_git_commit())
+        about = dict(parameters=self.parameters, versions=versions(*packages), commit=self.commit)
         about |= self.results | dict(seconds=self.seconds)
         write_text(self.folder / "result.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
         self.held.close()
@@ -256,14 +256,17 @@ class Run:
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
-    "A value as JSON can write it; a table without row names becomes a list."
-    if isinstance(value, pd.Series): return json.loads(value.to_json(double_precision=15))
-    if not isinstance(value, pd.DataFrame): return value
-    if isinstance(value.columns, pd.MultiIndex):
-        def nested(row): return {top: as_json(row[top]) for top in value.columns.unique(0)}
-        return {name: nested(row) for name, row in value.iterrows()}
-    orient = "records" if isinstance(value.index, pd.RangeIndex) else "index"
-    return json.loads(value.to_json(orient=orient, double_precision=15))
+    "A value as JSON can write it; a table without row names becomes a list, NaN becomes null."
+    if isinstance(value, pd.DataFrame):
+        if isinstance(value.columns, pd.MultiIndex):
+            def nested(row): return {top: as_json(row[top]) for top in value.columns.unique(0)}
+            return {name: nested(row) for name, row in value.iterrows()}
+        orient = "records" if isinstance(value.index, pd.RangeIndex) else "index"
+        return as_json(value.to_dict(orient=orient))
+    if isinstance(value, pd.Series): return as_json(value.to_dict())
+    if isinstance(value, dict): return {name: as_json(item) for name, item in value.items()}
+    if isinstance(value, list): return [as_json(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 # %% ../nbs/22_study.ipynb #cell38
 class Progress:
