@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import joblib
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from torch import fx, nn
 
 from .data import ImageSet
 from .system import atomic_path, cache_folder, did_you_mean
-from .system import digest, file_digest, file_lock, import_torchvision
+from .system import digest, file_digest, file_lock, import_torchvision, run_parallel
 
 # %% ../nbs/04_backbone.ipynb #cell6
 backbones = {
@@ -382,16 +381,13 @@ def extract(
     "The features, or the maps, of some images of a set."
     starts = range(0, len(indices), _chunk_size)
     chunks = (indices[start:start + _chunk_size] for start in starts)
-    task = joblib.delayed(_extract_chunk)
-    tasks = (task(source, images.pixels, chunk, size, maps) for chunk in chunks)
+    tasks = ((source, images.pixels, chunk, size, maps) for chunk in chunks)
     workers = n_jobs if source[2] == "cpu" else 1
     out = None
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        results = joblib.Parallel(n_jobs=workers, return_as="generator")(tasks)
-        for start, found in zip(starts, results):
-            if out is None: out = np.empty((len(indices), *found.shape[1:]), np.float32)
-            out[start:start + _chunk_size] = found
-            if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
+    for start, found in zip(starts, run_parallel(_extract_chunk, tasks, workers)):
+        if out is None: out = np.empty((len(indices), *found.shape[1:]), np.float32)
+        out[start:start + _chunk_size] = found
+        if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
     return out
 
 # %% ../nbs/04_backbone.ipynb #cell89

@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['algorithms', 'SearchConfig', 'nsga2', 'spea2', 'smsemoa', 'agemoea2', 'PymooAlgorithm', 'RandomAlgorithm',
-           'EvoPruneDeepTL', 'Search', 'evolve', 'graceful_interrupt', 'run_names', 'run_searches', 'search_strategy']
+           'EvoPruneDeepTL', 'Search', 'evolve', 'run_names', 'run_searches', 'search_strategy']
 
 # %% ../nbs/13_evolution.ipynb #cell3
-import signal
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +27,7 @@ from .operators import BlindVariation, InformedVariation, importance
 from .pareto import minimised, objectives
 from .store import explain_mismatch, run_locks
 from .surrogate import select_offspring
-from .system import did_you_mean, digest
+from .system import did_you_mean, digest, graceful_interrupt
 
 # %% ../nbs/13_evolution.ipynb #cell6
 @dataclass(frozen=True)
@@ -254,30 +251,6 @@ def evolve(
             start += len(masks)
         if on_step: on_step(searches)
     return [search.history() for search in searches]
-
-# %% ../nbs/13_evolution.ipynb #cell44
-@contextmanager
-def graceful_interrupt(
-    message:Callable,   # () -> what to say after the signal's name
-):
-    "A context in which SIGINT and SIGTERM become a `KeyboardInterrupt` that says how to go on."
-    received, before = [], {}
-
-    def restore():
-        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
-
-    def stop(number, _):
-        received.append(signal.Signals(number).name)
-        restore()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():   # no other may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, stop)
-    try: yield
-    except BaseException:   # workers that get the signal as well may fail first
-        if received: raise KeyboardInterrupt(f"{received[0]}: {message()}") from None
-        raise
-    finally: restore()
 
 # %% ../nbs/13_evolution.ipynb #cell47
 def run_names(

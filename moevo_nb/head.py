@@ -9,19 +9,17 @@ __all__ = ['presets', 'epoch_batches', 'Head', 'EarlyStopping', 'PlainHead', 'fi
 
 # %% ../nbs/06_head.ipynb #cell3
 from collections.abc import Callable
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-import joblib
 import numpy as np
 import torch
 from scipy.linalg import blas
 from torch import nn
 
 from .encoding import check_mask, find_encoding, initial_weights, masked_init
-from .system import one_thread
+from .system import one_thread, run_parallel
 
 # %% ../nbs/06_head.ipynb #cell6
 presets = {
@@ -558,16 +556,10 @@ def _fit_fold(number_and_mask, train, features, labels, *args):
 # %% ../nbs/06_head.ipynb #cell99
 def _fit_in_processes(features, labels, masks, n_classes, folds, training, encoding, seed, n_jobs):
     "Yields, for masks (n_masks, n_folds, n_neurons), the heads of each: one a fold."
-    tasks = (joblib.delayed(_fit_fold)((number, mask), train, features, labels,
-                                       n_classes, training, encoding, seed)
+    tasks = (((number, mask), train, features, labels, n_classes, training, encoding, seed)
              for number, of_folds in enumerate(masks) for mask, train in zip(of_folds, folds))
-    # runs where `joblib.parallel_config` says, in processes by default
-    heads = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(tasks)
-    try:
+    with closing(run_parallel(_fit_fold, tasks, n_jobs, on_cluster=True)) as heads:
         for of_folds in zip(*[heads] * len(folds)): yield list(of_folds)   # one for each fold
-    except CancelledError:
-        raise RuntimeError("no worker is left to train heads: start some, "
-                           "and the same command goes on from here.") from None
 
 # %% ../nbs/06_head.ipynb #cell101
 def _stack_size(n_features, n_classes, encoding, device):
