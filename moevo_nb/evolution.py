@@ -319,7 +319,8 @@ def run_searches(
                 "the same command goes on from there")
 
     with run_locks(store, sorted({*names.values()})), graceful_interrupt(how_far):
-        for name in names.values(): store.start(name, evaluator.key, settings)
+        with store.transaction():
+            for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
 # %% ../nbs/13_evolution.ipynb #cell58
