@@ -26,7 +26,7 @@ from .evaluation import Evaluator, Problem
 from .operators import BlindVariation, InformedVariation, importance
 from .pareto import minimised, objectives
 from .store import explain_mismatch, run_locks
-from .surrogate import select_offspring
+from .surrogate import Evaluated, select_offspring
 from .system import did_you_mean, digest, graceful_interrupt
 
 # %% ../nbs/13_evolution.ipynb #cell6
@@ -96,7 +96,8 @@ class PymooAlgorithm:
         config:SearchConfig,
     ):
         self.config, variation, n = config, config.variation, config.n_offsprings
-        candidates = n if config.surrogate is None else max(100, 10 * n)
+        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate)
+        candidates = n if self.evaluated is None else max(100, 10 * n)
         self.algorithm = make(
             pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(),
             eliminate_duplicates=False,
@@ -104,19 +105,19 @@ class PymooAlgorithm:
         binary = PymooProblem(n_var=variation.n_neurons, n_obj=len(objectives), vtype=bool)
         self.algorithm.setup(binary, termination=NoTermination(), seed=config.seed)
 
-    def ask(self, masks, table):
-        "The next masks, given all that were evaluated."
+    def ask(self):
+        "The next masks, chosen by what was told of others if there is a surrogate."
         self.asked = self.algorithm.ask()
-        if len(masks) and self.config.surrogate is not None:
-            n, importance = self.config.n_offsprings, self.config.surrogate
-            offspring = self.asked.get("X").astype(bool)
-            self.asked = self.asked[select_offspring(n, offspring, masks, table, importance)]
+        if self.evaluated and self.evaluated.masks:
+            made = self.asked.get("X").astype(bool)
+            self.asked = self.asked[select_offspring(self.config.n_offsprings, made, self.evaluated)]
         return self.asked.get("X").astype(bool)
 
     def tell(self, table):
         "The objectives of what was asked for; fewer where the budget cuts the last step."
         self.asked = self.asked[:len(table)]
         self.asked.set("F", minimised(table))
+        if self.evaluated: self.evaluated.add(self.asked.get("X").astype(bool), table)
         self.algorithm.tell(infills=self.asked)
 
 # %% ../nbs/13_evolution.ipynb #cell21
@@ -125,7 +126,7 @@ class RandomAlgorithm:
     def __init__(self, config):
         self.config, self.step = config, -1
 
-    def ask(self, masks, table):
+    def ask(self):
         "The next masks."
         self.step += 1
         if not self.step: return self.config.first_masks()
@@ -140,7 +141,7 @@ class EvoPruneDeepTL:
         self.config, self.rng = config, np.random.default_rng([config.seed, 2])
         self.population = np.empty((0, config.variation.n_neurons), bool)
 
-    def ask(self, masks, table):
+    def ask(self):
         "The next masks."
         n = self.config.n_offsprings
         if not len(self.population): self.asked = self.config.first_masks()
@@ -213,13 +214,13 @@ class Search:
         told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
         self.name = ", ".join([course, *told, f"seed {seed}"])
-        self.left, self.masks, self.tables = n_evals, [], []
+        self.n_evals, self.left, self.masks, self.tables = n_evals, n_evals, [], []
         config = SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, initial)
         self.steps = algorithms[algorithm](config)
 
     def ask(self):
         "The masks to evaluate next, bool (n_masks, n_neurons)."
-        self.asked = self.steps.ask(*self.history())[:self.left]
+        self.asked = self.steps.ask()[:self.left]
         return self.asked
 
     def tell(self, table):
@@ -281,18 +282,19 @@ def run_searches(
     def note(busy, asked):
         with store.transaction():
             for search, masks in zip(busy, asked):
-                store.ask(names[search], len(search.tables), sum(map(len, search.tables)), masks)
+                first = search.n_evals - search.left
+                store.ask(names[search], len(search.tables), first, masks)
 
     def how_far():
         done = 0
         for search, name in names.items():
-            budget = search.left + sum(map(len, search.tables))
-            done += min(len(store.history(name)), budget)
+            done += min(len(store.history(name)), search.n_evals)
         return (f"stopped after {done} of {total} evaluations; they are kept: "
                 "the same command goes on from there")
 
     with run_locks(store, sorted({*names.values()})), graceful_interrupt(how_far):
-        for name in names.values(): store.start(name, evaluator.key, settings)
+        with store.transaction():
+            for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
 # %% ../nbs/13_evolution.ipynb #cell58

@@ -11,6 +11,7 @@ import errno
 import json
 import sqlite3
 import time
+import uuid
 import weakref
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .pareto import objectives
-from .system import digest, file_lock, versions
+from .system import digest, file_lock, versions, write_text
 
 # %% ../nbs/09_store.ipynb #cell6
 def to_hex(
@@ -269,7 +270,9 @@ class Store(Evaluations):
         run:str,
     ) -> pd.DataFrame:   # evaluation, step, mask (hexadecimal), each objective, epochs, seconds
         "The finished evaluations that a run asked for, in order."
-        evaluated = self.read("evaluations", "key in (select key from runs where run = ?)", (run,))
+        its = """key = (select key from runs where run = ?)
+                 and mask in (select mask from asked where run = ?)"""
+        evaluated = self.read("evaluations", its, (run, run))
         known = {mask: dict(zip(columns, row)) for _, mask, *row in evaluated}
         asked = self.read("asked", "run = ? order by evaluation", (run,))
         rows = [dict(evaluation=i, step=step, mask=mask, **known[mask])
@@ -309,20 +312,39 @@ def explain_mismatch(
     return f"the nearest run in the store {str(store.path)!r} is {run!r}\n" + "\n".join(lines)
 
 # %% ../nbs/09_store.ipynb #cell59
+def _refuse_shared(folder, runs):
+    "Error: another command holds one of these runs. What a dead one has left is removed."
+    for listed in folder.glob("*.runs"):
+        try: shared = {*runs} & {*json.loads(listed.read_text(encoding="utf-8"))}
+        except FileNotFoundError: continue   # released just now
+        lock, what = listed.with_suffix(".lock"), f"run {min(shared, default=None)!r}"
+        try:
+            with file_lock(lock, what, wait=False): pass
+        except RuntimeError:
+            if shared: raise
+        else:
+            for left in (listed, lock): left.unlink(missing_ok=True)
+
+# %% ../nbs/09_store.ipynb #cell60
 @contextmanager
 def run_locks(
     store:Store,
     runs:list,   # names of runs
 ):
-    "Hold the locks of runs, in the folder `locks` beside the store."
-    folder = Path(store.path).parent / "locks"
-    with ExitStack() as locks:
-        for run in runs if str(store.path) != ":memory:" else ():
-            lock = folder / f"{digest(run)[:32]}.lock"
-            locks.enter_context(file_lock(lock, f"run {run!r}", wait=False))
+    "Hold runs, by one lock in the folder `locks` beside the store."
+    folder, name = Path(store.path).parent / "locks", uuid.uuid4().hex
+    with ExitStack() as held:
+        if str(store.path) != ":memory:":
+            listed, lock = folder / f"{name}.runs", folder / f"{name}.lock"
+            for path in (listed, lock): held.callback(path.unlink, missing_ok=True)
+            with store.transaction():
+                folder.mkdir(exist_ok=True)
+                _refuse_shared(folder, runs)
+                write_text(listed, json.dumps(runs))
+                held.enter_context(file_lock(lock, f"{len(runs)} runs", wait=False))
         yield
 
-# %% ../nbs/09_store.ipynb #cell63
+# %% ../nbs/09_store.ipynb #cell64
 def _copy_rows(store, runs, path, n_evals):
     "Copy some runs, with the first so many evaluations of each, into an empty store."
     some_runs = f"run in ({', '.join('?' * len(runs))})"
@@ -337,7 +359,7 @@ def _copy_rows(store, runs, path, n_evals):
                          (select key, mask from copy.asked join copy.runs using (run))""")
     finally: store.execute("detach copy")
 
-# %% ../nbs/09_store.ipynb #cell64
+# %% ../nbs/09_store.ipynb #cell65
 def copy_runs(
     store:Store,
     runs:list,                 # names of runs

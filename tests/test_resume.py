@@ -1,6 +1,7 @@
 "A search may be killed, interrupted and started again at any moment: the same front, and nothing computed twice."
 import os
 import re
+import resource
 import signal
 import time
 
@@ -115,6 +116,41 @@ def test_two_processes_on_the_same_run(tmp_path):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert same(search(path), search(":memory:"))
+
+
+def test_many_runs_need_few_open_files(tmp_path):
+    def with_few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+        with Store(tmp_path / "store.sqlite") as store:
+            searches = [Search(BlindVariation(64), 2, pop_size=2, seed=seed) for seed in range(200)]
+            assert [len(masks) for masks, _ in run_searches(Toy(store), searches)] == 200 * [2]
+
+    assert os.waitpid(fork(with_few_files), 0)[1] == 0 and not [*(tmp_path / "locks").iterdir()]
+
+
+def test_of_commands_that_share_a_run_one_goes_on(tmp_path):
+    "Each of eight has a run of its own and one in common, and dies without letting go."
+    path, go = tmp_path / "store.sqlite", tmp_path / "go"
+    Store(path).close()
+
+    def command(i):
+        wait_for(go.exists)
+        with Store(path) as store:
+            try:
+                with run_locks(store, ["common", f"run {i}"]):
+                    (tmp_path / f"{i}.has").touch()
+                    wait_for(lambda: len([*tmp_path.glob("*.lacks")]) == 7)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            except RuntimeError as e: (tmp_path / f"{i}.lacks").write_text(str(e))
+
+    pids = [fork(command, i) for i in range(8)]
+    go.touch()
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    (winner,), refusals = tmp_path.glob("*.has"), [lacks.read_text() for lacks in tmp_path.glob("*.lacks")]
+    pid = pids[int(winner.stem)]
+    assert sorted(statuses) == 7 * [0] + [signal.SIGKILL] and all(f"run 'common' is being computed by process {pid} on" in r for r in refusals)
+    with Store(path) as store:
+        with run_locks(store, ["common"]): assert len([*(tmp_path / "locks").iterdir()]) == 2   # what the dead one left is gone
 
 
 def test_another_seed_goes_on_beside_it(tmp_path):
