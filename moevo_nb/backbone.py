@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['backbones', 'vision_libraries', 'backbone_spec', 'weights_file', 'weights_hash', 'weights_warning', 'PooledBackbone',
-           'build_backbone', 'load_weights', 'Backbone', 'load_backbone', 'extract', 'cached_features']
+           'build_backbone', 'load_weights', 'export_onnx', 'OnnxBackbone', 'Engine', 'Backbone', 'load_exported',
+           'load_backbone', 'backbone_engine', 'extract', 'cached_features']
 
 # %% ../nbs/04_backbone.ipynb #cell3
 import importlib.util
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -16,15 +18,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import fx, nn
 
 from .data import ImageSet
-from .system import atomic_path, cache_folder, did_you_mean
-from .system import digest, file_digest, file_lock, import_torchvision, run_parallel
+from .system import (
+    atomic_path, cache_folder, did_you_mean, digest, explained, file_digest, file_lock,
+    import_torchvision, run_parallel, versions)
 
 # %% ../nbs/04_backbone.ipynb #cell6
 backbones = {
@@ -232,6 +236,7 @@ class PooledBackbone(nn.Module):
         self.features = features
         self.layer = layer
         self.n_features = features(x).shape[1]
+        self.size = x.shape[-1]   # of images that it can take
         self.cut_off = set(whole_names) - set(features.state_dict())   # weights after the map
 
     def forward(self, x): return self.features(x).mean((2, 3))
@@ -270,16 +275,53 @@ def build_backbone(
         return PooledBackbone(features, layer, names, x)
 
 # %% ../nbs/04_backbone.ipynb #cell59
-def _read_state(path):
-    "The state dict in a file, without wrappings and under today's names."
-    if path.suffix == ".safetensors": state = load_file(path)
-    else: state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapping in ("state_dict", "model"):
-        if isinstance(state.get(wrapping), dict): state = state[wrapping]
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    plain = {name.removeprefix("module."): value for name, value in tensors.items()}
+def _read_file(path):
+    "What a weights file holds: tensors and plain containers; anything else is an error."
+    with open(path, "rb") as file: start = file.read(100).lstrip()
+    refused = {b"<": "a web page: download the file that the page links to",
+               b"version https://git-lfs": "a Git LFS pointer: fetch the file with git lfs pull"}
+    for head, said in refused.items():
+        if start.startswith(head): raise ValueError(f"{path} holds no weights, it is {said}.")
+    try:
+        if path.suffix == ".safetensors": return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError: raise
+    except Exception:   # a file may make the reader raise anything
+        raise ValueError(f"{path} cannot be read as weights: it is damaged, or holds a whole "
+                         "pickled model, which could run code. Save model.state_dict() with "
+                         "torch.save or as safetensors, and give that file.") from None
+
+# %% ../nbs/04_backbone.ipynb #3fa92d94
+def _state_dicts(content):
+    "The dictionaries of tensors at any depth, under today's names."
+    if not isinstance(content, dict): return
     old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-    return {old.sub(r"\1\2", name): value for name, value in plain.items()}
+    tensors = {old.sub(r"\1\2", name): value for name, value in content.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    if tensors: yield tensors
+    for value in content.values(): yield from _state_dicts(value)
+
+# %% ../nbs/04_backbone.ipynb #a4ff9ac3
+def _prefixes(state, own):
+    "What stands before the model's names in a state dict; '', and the shortest first."
+    found = {""}
+    for name in state:
+        parts = name.split(".")
+        for k in range(1, len(parts)):
+            if ".".join(parts[k:]) in own: found.add(".".join(parts[:k]) + ".")
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+# %% ../nbs/04_backbone.ipynb #7f718f22
+def _best_match(states, own):
+    "The state dict, without a prefix, that shares most names with the model; the largest if none."
+    states = sorted(states, key=len, reverse=True)
+    best = states[0]
+    for state in states:
+        for prefix in _prefixes(state, own):
+            inner = {name.removeprefix(prefix): value for name, value in state.items()
+                     if name.startswith(prefix)}
+            if len(own.keys() & inner.keys()) > len(own.keys() & best.keys()): best = inner
+    return best
 
 # %% ../nbs/04_backbone.ipynb #cell61
 def _misfits(state, own, unused):
@@ -295,23 +337,137 @@ def _misfits(state, own, unused):
 # %% ../nbs/04_backbone.ipynb #cell62
 def _listed(names, n=8):
     "The first names in alphabetical order, and a mark if there are more."
-    return ", ".join(sorted(names)[:n]) + (", …" if len(names) > n else "")
+    names = sorted(names)
+    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 # %% ../nbs/04_backbone.ipynb #cell64
 def load_weights(
     model:nn.Module,     # changed in place
-    path:Path,           # .pth, .pt or .safetensors, a state dict
+    path:Path,           # .pth, .pt or .safetensors
     unused:tuple = (),   # further names that the file may contain, such as those of a classifier
 ):
     "Load a state dict by name, or by order if no name is shared; one that misfits is an error."
-    state, own = _read_state(path), model.state_dict()
-    if not set(own) & set(state) and len(own) <= len(state): state = dict(zip(own, state.values()))
+    content, own = _read_file(path), model.state_dict()
+    states = [*_state_dicts(content)]
+    if not states:
+        found = _listed(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} holds no state dict, but {found or 'nothing'}. "
+                         "Give a file with the tensors of model.state_dict().")
+    state = _best_match(states, own)
+    ordered = path.suffix != ".safetensors" and len(own) <= len(state)
+    if ordered and not own.keys() & state.keys(): state = dict(zip(own, state.values()))
     misfits = {kind: names for kind, names in _misfits(state, own, unused).items() if names}
     if misfits:
         told = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in misfits.items()]
         raise ValueError(f"{path} does not fit the backbone: {'; '.join(told)}. "
                          "Give weights of this architecture.")
     model.load_state_dict({**own, **{name: value for name, value in state.items() if name in own}})
+
+# %% ../nbs/04_backbone.ipynb #3f629ca6
+def _arrays_digest(arrays):
+    "What identifies arrays by their names and content."
+    return digest(*[part for name in sorted(arrays) for part in (name, arrays[name])])
+
+# %% ../nbs/04_backbone.ipynb #de65e81b
+def _write_arrays(file, arrays):
+    "Write arrays and their digest to a cache file, completely or not at all."
+    content = save(arrays, metadata={"sha256": _arrays_digest(arrays)})
+    with atomic_path(file) as partial: partial.write_bytes(content)
+
+# %% ../nbs/04_backbone.ipynb #1626c5ec
+def _read_arrays(file):
+    "The arrays in a cache file, or None if there is no such file or it is damaged."
+    try:
+        with explained(file, "read"), open(file, "rb"): pass   # safetensors gives no reason
+        with safe_open(file, "numpy") as content:
+            arrays = {name: content.get_tensor(name) for name in content.keys()}
+            expected = content.metadata()["sha256"]
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError): return None
+    return arrays if _arrays_digest(arrays) == expected else None
+
+# %% ../nbs/04_backbone.ipynb #4ca18a81
+def _kept(file, compute):
+    "The arrays in a cache file; a missing or damaged one is computed and written."
+    arrays = _read_arrays(file)
+    if arrays is not None: return arrays
+    with file_lock(file.with_suffix(".lock"), file.name):
+        arrays = _read_arrays(file)   # another process may have written it meanwhile
+        if arrays is not None: return arrays
+        if file.exists():
+            warnings.warn(f"the cache file {file.name} is damaged and is computed again")
+        arrays = compute()
+        _write_arrays(file, arrays)
+    return arrays
+
+# %% ../nbs/04_backbone.ipynb #62e992d1
+def _cache_path(folder, *parts):
+    "A path in a folder of the cache from parts that may hold any characters; the last is a digest."
+    *names, key = parts
+    stem = "-".join(re.sub(r"[^\w.]+", "-", str(name))[:20] for name in names)
+    return cache_folder() / folder / f"{stem}-{key[:16]}.safetensors"
+
+# %% ../nbs/04_backbone.ipynb #c1d69b39
+def _scaled(pixels, mean, std):
+    "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
+    x = pixels.permute(0, 3, 1, 2).float()   # stays channels-last in memory
+    mean = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
+    return torch.addcmul(-mean / std, x, 1 / (255 * std))
+
+# %% ../nbs/04_backbone.ipynb #7722645c
+class _PixelsToFeatures(nn.Module):
+    "What is exported: uint8 (1, size, size, 3) -> features and maps."
+    def __init__(self, model, mean, std):
+        super().__init__()
+        self.model = model
+        self.scaling = mean, std
+
+    def forward(self, pixels):
+        maps = self.model.features(_scaled(pixels, *self.scaling))
+        return maps.mean((2, 3)), maps
+
+# %% ../nbs/04_backbone.ipynb #824da78a
+def export_onnx(
+    model:PooledBackbone,   # in evaluation mode, on the CPU
+    mean:tuple,             # of each channel, for pixels in [0, 1]
+    std:tuple,              # of each channel
+    size:int,               # of the images, in pixels
+) -> bytes:                 # input: pixels (1, size, size, 3); outputs: features, maps
+    "A network with its scaling as an ONNX model of one image. Error: it cannot be exported."
+    function = _PixelsToFeatures(model, mean, std).eval()
+    pixels = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.onnx.export(function, (pixels,), content, dynamo=False, opset_version=17,
+                          input_names=["pixels"], output_names=["features", "maps"])
+    return content.getvalue()
+
+# %% ../nbs/04_backbone.ipynb #9ed1b01a
+class OnnxBackbone:
+    "An exported network on one thread: pixels, uint8 (n, size, size, 3) -> features, or maps."
+    def __init__(
+        self,
+        content:bytes,   # as from `export_onnx`
+    ):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        cpu = ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(content, options, providers=cpu)
+
+    def __call__(self, pixels, output="features"):
+        images = np.ascontiguousarray(pixels)[:, None]
+        found = [self.session.run([output], {"pixels": image})[0] for image in images]
+        return np.concatenate(found)
+
+# %% ../nbs/04_backbone.ipynb #1894f340
+@dataclass(frozen=True)
+class Engine:
+    "What runs a backbone on images of one size."
+    name:str                # onnxruntime or torch, and its version
+    reason:str = ""         # why torch runs it; "": ONNX Runtime does
+    file:Path|None = None   # the exported network in the cache; None: torch runs it
 
 # %% ../nbs/04_backbone.ipynb #cell70
 @dataclass(frozen=True)
@@ -329,18 +485,95 @@ class Backbone:
     def preprocess(self, pixels):
         "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
         x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
-        x = x.permute(0, 3, 1, 2).float()   # stays channels-last in memory
-        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        return torch.addcmul(-mean / std, x, 1 / (255 * std))
+        return _scaled(x, self.mean, self.std)
 
     @torch.inference_mode()
-    def __call__(self, pixels): return self.model(self.preprocess(pixels)).cpu().numpy()
+    def eager(self, pixels, maps=False):
+        "The features, or the maps, as torch computes them."
+        network = self.model.features if maps else self.model
+        try: return network(self.preprocess(pixels)).contiguous().cpu().numpy()
+        except Exception:   # a network may raise anything
+            _check_size(self, pixels.shape[1])
+            raise
 
-    @torch.inference_mode()
+    def engine(self, size):
+        "What runs it on images of a size; it is exported if it was not before."
+        known = self.name, self.weights_hash, self.mean, self.std
+        return _engine(known, self.device, size, lambda: self)
+
+    def __call__(self, pixels):
+        exported = _exported_network(self, pixels.shape[1])
+        return exported(pixels) if exported else self.eager(pixels)
+
     def feature_maps(self, pixels):
         "uint8 (n, size, size, 3) -> the maps before pooling, float32 (n, n_features, H, W)."
-        return self.model.features(self.preprocess(pixels)).contiguous().cpu().numpy()
+        exported = _exported_network(self, pixels.shape[1])
+        return exported(pixels, "maps") if exported else self.eager(pixels, maps=True)
+
+# %% ../nbs/04_backbone.ipynb #295df157
+def _takes(backbone, size):
+    "Whether an image of a size can pass the network."
+    try: backbone.model(backbone.preprocess(np.zeros((1, size, size, 3), np.uint8)))
+    except Exception: return False   # a network may raise anything
+    return True
+
+# %% ../nbs/04_backbone.ipynb #bb5c44aa
+def _check_size(backbone, size):
+    "Error: the network cannot take images of this size; it names the next size that it can take."
+    if _takes(backbone, size): return
+    own = backbone.model.size
+    least = next((other for other in range(size + 1, own) if _takes(backbone, other)), own)
+    raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels: "
+                     f"give image_size {least}" + (" or more." if least > size else "."))
+
+# %% ../nbs/04_backbone.ipynb #c6d49d0d
+def _try_export(backbone, size):
+    "The arrays of the cache file: the exported network, or the reason why torch has to run it."
+    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    expected = backbone.eager(image)
+    content, reason = b"", ""
+    try:
+        content = export_onnx(backbone.model, backbone.mean, backbone.std, size)
+        found = OnnxBackbone(content)(image)
+        tolerance = 1e-4 * max(1, abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    except Exception as e:   # an exporter or an engine may raise anything
+        said = str(e).strip().partition("\n")[0]
+        content, reason = b"", f"it cannot be exported to ONNX ({type(e).__name__}: {said})"
+    parts = {"onnx": content, "reason": reason.encode()}
+    return {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+
+# %% ../nbs/04_backbone.ipynb #2b33e9da
+def _engine(
+    known:tuple,     # name, weights_hash, mean and std of a backbone
+    device:str,
+    size:int,
+    load:Callable,   # () -> the backbone, if it has to be exported
+) -> Engine:
+    "What runs a backbone on images of a size, from the cache if it was tried before."
+    torch_name = f"torch {torch.__version__}"
+    if device != "cpu": return Engine(torch_name, f"torch runs networks on {device}")
+    made_with = versions("torch", "torchvision", "timm", "onnx", "onnxruntime")
+    file = _cache_path("networks", known[0], size, digest(known, size, made_with))
+    kept = _kept(file, lambda: _try_export(load(), size))
+    reason = kept["reason"].tobytes().decode()
+    if reason: return Engine(torch_name, reason)
+    return Engine(f"onnxruntime {onnxruntime.__version__}", file=file)
+
+# %% ../nbs/04_backbone.ipynb #be005d01
+@lru_cache(maxsize=1)
+def load_exported(
+    file:Path,          # as an `Engine` names it
+) -> OnnxBackbone:
+    "The exported network in a cache file, ready to run."
+    return OnnxBackbone(_read_arrays(file)["onnx"].tobytes())
+
+# %% ../nbs/04_backbone.ipynb #b11f97ce
+@lru_cache(maxsize=2)
+def _exported_network(backbone, size):
+    "What ONNX Runtime runs for a backbone; None where torch has to."
+    file = backbone.engine(size).file
+    return load_exported(file) if file else None
 
 # %% ../nbs/04_backbone.ipynb #cell73
 @lru_cache(maxsize=1)
@@ -358,15 +591,27 @@ def load_backbone(
     return Backbone(name, model, model.n_features, row["mean"], row["std"],
                     weights_hash(name, weights), device, cam_layer=model.layer)
 
-# %% ../nbs/04_backbone.ipynb #cell84
-_chunk_size = 16   # images that pass through the network together
+# %% ../nbs/04_backbone.ipynb #20d2ee45
+def backbone_engine(
+    name:str = "efficientnet_lite0",   # as for `load_backbone`
+    weights:str = "",                  # as for `load_backbone`
+    device:str = "cpu",                # as torch names it
+    size:int = 224,                    # of the images, in pixels
+) -> Engine:
+    "What runs a backbone on images of a size. Error: it cannot take images of this size."
+    row = backbone_spec(name)
+    known = name, weights_hash(name, weights), row["mean"], row["std"]
+    return _engine(known, device, size, lambda: load_backbone(name, weights, device))
 
-def _extract_chunk(source, pixels, indices, size, maps):
+# %% ../nbs/04_backbone.ipynb #cell84
+_chunk_size = 16   # images of one task
+
+def _extract_chunk(source, file, pixels, indices, size, maps):
     "The features, or the maps, of one chunk of images, on one thread."
+    images = pixels(indices, size)
+    if file: return load_exported(file)(images, "maps" if maps else "features")
     torch.set_num_threads(1)
-    backbone = load_backbone(*source)
-    call = backbone.feature_maps if maps else backbone
-    return call(pixels(indices, size))
+    return load_backbone(*source).eager(images, maps)
 
 # %% ../nbs/04_backbone.ipynb #cell85
 def extract(
@@ -381,7 +626,8 @@ def extract(
     "The features, or the maps, of some images of a set."
     starts = range(0, len(indices), _chunk_size)
     chunks = (indices[start:start + _chunk_size] for start in starts)
-    tasks = ((source, images.pixels, chunk, size, maps) for chunk in chunks)
+    file = backbone_engine(*source, size).file
+    tasks = ((source, file, images.pixels, chunk, size, maps) for chunk in chunks)
     workers = n_jobs if source[2] == "cpu" else 1
     out = None
     for start, found in zip(starts, run_parallel(_extract_chunk, tasks, workers)):
@@ -390,35 +636,16 @@ def extract(
         if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
     return out
 
-# %% ../nbs/04_backbone.ipynb #cell89
-def _write_array(file, array):
-    "Write an array and its digest to a cache file, completely or not at all."
-    with atomic_path(file) as partial:
-        save_file({"array": array}, partial, metadata={"sha256": digest(array)})
-
-# %% ../nbs/04_backbone.ipynb #cell90
-def _read_array(file):
-    "The array in a cache file, or None if there is no such file or it is damaged."
-    if not file.exists(): return None
-    try:
-        with safe_open(file, "numpy") as content:
-            array = content.get_tensor("array")
-            expected = content.metadata()["sha256"]
-        if digest(array) == expected: return array
-    except (SafetensorError, KeyError, TypeError, OSError): pass
-    warnings.warn(f"the cache file {file.name} is damaged and is computed again")
-
 # %% ../nbs/04_backbone.ipynb #cell93
-def _cache_file(images, name, weights, size, device, indices, maps):
+def _features_file(images, name, weights, size, device, indices, maps):
     "The cache file of the features, or of the maps, of some images of a set."
     row = backbone_spec(name)
     library = row["library"]
+    engine = backbone_engine(name, weights, device, size)
     key = digest(images.manifest, library.__name__, row["model"], weights_hash(name, weights),
                  row["mean"], row["std"], size, indices.tolist(), maps, device.split(":")[0],
-                 library.__version__, torch.__version__)
-    kind = "maps" if maps else "features"
-    stem = f"{images.name}-{name.replace(':', '-')}-{kind}-{key[:16]}"
-    return cache_folder() / "features" / f"{stem}.safetensors"
+                 library.__version__, torch.__version__, engine.name)
+    return _cache_path("features", images.name, name, "maps" if maps else "features", key)
 
 # %% ../nbs/04_backbone.ipynb #cell95
 def cached_features(
@@ -437,10 +664,10 @@ def cached_features(
     indices = everything if indices is None else np.asarray(indices)
     wanted = indices if maps else everything
     size = size or images.image_size
-    file = _cache_file(images, name, weights, size, device, wanted, maps)
-    with file_lock(file.with_suffix(".lock"), file.name):
-        array = _read_array(file)
-        if array is None:
-            array = extract(images, wanted, (name, weights, device), size, maps, n_jobs, progress)
-            _write_array(file, array)
+    def compute():
+        source = name, weights, device
+        return {"array": extract(images, wanted, source, size, maps, n_jobs, progress)}
+
+    file = _features_file(images, name, weights, size, device, wanted, maps)
+    array = _kept(file, compute)["array"]
     return array if maps else array[indices]
