@@ -40,9 +40,9 @@ from .evolution import algorithms, graceful_interrupt
 from .head import presets
 from .pareto import hypervolume
 from .robustness import detectors
-from moevo_nb.system import (
-    atomic_path, cache_folder, data_folder, did_you_mean, digest, file_digest, file_lock, versions,
-    write_text)
+from .system import (
+    atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, file_digest,
+    file_lock, versions, write_text)
 
 # %% ../nbs/22_study.ipynb #cell6
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ parameters = {
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
 }
 
-# %% ../nbs/22_study.ipynb #58b02410
+# %% ../nbs/22_study.ipynb #1c0f8c14
 def _type_hint(name, kind):
     "How the shell passes a value of a type, for `parameter_errors`."
     if kind is str: return f"; from the shell, -r {name} VALUE passes any text as it stands"
@@ -127,14 +127,14 @@ def parameter_errors(
             found.append(f"{name} = {value!r}: {parameter.expected} expected ({meaning})")
     return found
 
-# %% ../nbs/22_study.ipynb #01591f11
+# %% ../nbs/22_study.ipynb #114cdac1
 def _least_memory(p):
     "Bytes that extracting features takes at least, over all processes."
     processes = (p.n_jobs or joblib.cpu_count()) if p.device == "cpu" else 1
     each = 64 * 16 * p.image_size**2
     return processes * each + p.n_jobs * 200e6
 
-# %% ../nbs/22_study.ipynb #1ca4f687
+# %% ../nbs/22_study.ipynb #7ea9c83a
 def _check_memory(p):
     "Error: the images at this size, in so many processes, cannot fit into memory."
     needed, available = _least_memory(p), psutil.virtual_memory().available
@@ -173,7 +173,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cf04c36e
+# %% ../nbs/22_study.ipynb #00c6a700
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -187,7 +187,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #49768fef
+# %% ../nbs/22_study.ipynb #1ae34e19
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -246,7 +246,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #3ca2c292
+# %% ../nbs/22_study.ipynb #2a0ba3b8
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -259,7 +259,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #00f73fbb
+# %% ../nbs/22_study.ipynb #1e609fb2
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -267,7 +267,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #306f89e8
+# %% ../nbs/22_study.ipynb #0688c96f
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -276,7 +276,7 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #0119bb8c
+# %% ../nbs/22_study.ipynb #7a93a2bb
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
@@ -288,7 +288,7 @@ def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
 ) -> Path:
-    "Where results go, made if missing. Errors: the cache, not writable, another data set's."
+    "Where results go, made if missing. Errors: the cache, another data set's, not writable."
     folder = Path(out_dir).expanduser() if out_dir else _default_folder(dataset)
     if folder.resolve() == cache_folder().resolve():
         raise ValueError(f"out_dir {str(folder)!r} is the cache, whose store would be replaced: "
@@ -303,6 +303,7 @@ def results_folder(
     if _holds_another(folder, dataset):
         raise ValueError(f"out_dir {str(folder)!r} has the results of another data set or study, "
                          "which would be replaced: name another folder, or remove them.")
+    check_cache()
     return folder
 
 # %% ../nbs/22_study.ipynb #cell28
@@ -534,7 +535,7 @@ def load_images(
     splits = protocol_splits(images, others, p.protocol, p.folds, p.seed)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #9000b9ce
+# %% ../nbs/22_study.ipynb #c5181c42
 def class_table(
     images:ImageSet,
     most:int = 20,     # classes with a row of their own
