@@ -315,19 +315,10 @@ packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo
 # %% ../nbs/22_study.ipynb #cell29
 _holders = {}   # folder -> the run of this process that holds it
 
-class Run:
-    "The folder of one run: figures, tables, timings and, at its end, `result.json`."
-    def __init__(
-        self,
-        parameters:dict,                    # `out_dir`, or else `dataset`, names the folder
-        figures:tuple = experiment_figures, # names of the figures and tables that the run may leave
-    ):
-        self.parameters, self.figures = parameters, figures
-        self.results, self.seconds, self.written = {}, {}, set()
-        self.code, self.commit = code_digests(), package_commit()
-        self.dataset = parameters.get("dataset", "")
-        self.folder = results_folder(parameters["out_dir"], self.dataset)
-        self.started, self.held = False, ExitStack()
+class _HeldFolder:
+    "A folder that one run at a time fills."
+    def __init__(self, folder):
+        self.folder, self.held = folder, ExitStack()
         self.hold()
 
     def hold(self):
@@ -343,6 +334,20 @@ class Run:
     def release(self):
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
+
+# %% ../nbs/22_study.ipynb #9158d1d2
+class Run(_HeldFolder):
+    "The folder of one run: figures, tables, timings and, at its end, `result.json`."
+    def __init__(
+        self,
+        parameters:dict,                    # `out_dir`, or else `dataset`, names the folder
+        figures:tuple = experiment_figures, # names of the figures and tables that the run may leave
+    ):
+        self.parameters, self.figures = parameters, figures
+        self.results, self.seconds, self.written, self.started = {}, {}, set(), False
+        self.code, self.commit = code_digests(), package_commit()
+        self.dataset = parameters.get("dataset", "")
+        super().__init__(results_folder(parameters["out_dir"], self.dataset))
 
     def start(self):
         "Take away what an earlier run has left; once a run."
@@ -372,8 +377,7 @@ class Run:
                                "before this one first.")
         self.hold()
         path = self.folder / name
-        try:
-            with self._stoppable(name): yield path
+        try: yield path
         except (OSError, sqlite3.Error) as e:
             why = getattr(e, "strerror", None) or e
             raise OSError(f"{path} cannot be written ({why}): mend that and run the same command "
@@ -389,9 +393,10 @@ class Run:
 
     def save_figure(self, name, table):
         "Write the current figure to figures/NAME.png, and the numbers in it to figures/NAME.csv."
-        self.save_table(name, table)
-        with self.writing(f"figures/{name}.png") as path, atomic_path(path) as partial:
-            plt.gcf().savefig(partial, format="png")
+        with self._stoppable(name):
+            self.save_table(name, table)
+            with self.writing(f"figures/{name}.png") as path, atomic_path(path) as partial:
+                plt.gcf().savefig(partial, format="png")
 
     def record(self, **results):
         "Keep results for `result.json`; tables become nested dictionaries."
@@ -407,7 +412,7 @@ class Run:
 
     def finish(
         self,
-        left_out:list = [],   # figures that this run does not have
+        left_out:tuple|list = (),   # figures that this run does not have
     ):
         "Write `result.json`: parameters, versions, code, results, seconds."
         self._check_complete(left_out)
