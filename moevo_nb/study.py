@@ -41,8 +41,8 @@ from .head import presets
 from .pareto import hypervolume
 from .robustness import detectors
 from .system import (
-    atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, file_digest,
-    file_lock, versions, write_text)
+    atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, explained,
+    file_digest, file_lock, versions, write_text)
 
 # %% ../nbs/22_study.ipynb #cell6
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def results_folder(
         write_text(folder / "figures" / ".writable", "")
         (folder / "figures" / ".writable").unlink()
     except OSError as e:
-        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): "
+        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({os.strerror(e.errno)}): "
                          "name a folder of your own.") from None
     if _holds_another(folder, dataset):
         raise ValueError(f"out_dir {str(folder)!r} has the results of another data set or study, "
@@ -377,11 +377,9 @@ class Run(_HeldFolder):
                                "before this one first.")
         self.hold()
         path = self.folder / name
-        try: yield path
-        except (OSError, sqlite3.Error) as e:
-            why = getattr(e, "strerror", None) or e
-            raise OSError(f"{path} cannot be written ({why}): mend that and run the same command "
-                          "again; its features and evaluations are kept.") from None
+        try:
+            with explained(path, "written"): yield path
+        except sqlite3.Error as e: raise OSError(f"{path} cannot be written ({e}).") from None
         self.written.add(name)
 
     def save_table(self, name, table):
