@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from .registry import class_files, fetch, fetchable, how_to_get, manifest_errors, registered
 from .rendering import render, render_version, rendered
-from .system import data_folder, did_you_mean, digest
+from .system import data_folder, did_you_mean, digest, figure_text
 
 # %% ../nbs/03_data.ipynb #cell6
 @dataclass(frozen=True)
@@ -495,7 +495,7 @@ def plot_examples(
     sheet = _contact_sheet([*rows, np.concatenate(ood)[:n]], size)
     fig, ax = plt.subplots(figsize=(6, 6 * sheet.shape[0] / sheet.shape[1]))
     ax.imshow(sheet)
-    names = [*(images.classes[c] for c in classes), "OoD"]
+    names = [*(figure_text(images.classes[c]) for c in classes), "OoD"]
     ax.set_yticks(size * (np.arange(len(names)) + 0.5), names)
     ax.set_xticks([])
     ax.grid(False)

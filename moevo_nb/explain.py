@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .pareto import objectives
+from .system import figure_text
 
 # %% ../nbs/14_explain.ipynb #cell6
 def neuron_frequency(
@@ -356,8 +357,9 @@ def _empty_grid(
     fig, axes = plt.subplots(n_rows, len(titles), figsize=size, squeeze=False,
                              layout="constrained", subplot_kw=bare)
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=7, loc="center", pad=2)
-    for row, name in zip(axes, classes): row[0].set_ylabel(name, fontsize=7)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(figure_text(str(title)), fontsize=7, loc="center", pad=2)
+    for row, name in zip(axes, classes): row[0].set_ylabel(figure_text(name), fontsize=7)
     return fig, axes
 
 # %% ../nbs/14_explain.ipynb #cell121

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['parameters', 'experiment_figures', 'packages', 'published', 'Parameter', 'parameter_errors', 'make_parameters',
-           'plain_values', 'collect_parameters', 'course_settings', 'results_folder', 'Run', 'as_json', 'Progress',
-           'SearchProgress', 'StudyImages', 'load_images', 'load_features', 'StudyProblems', 'load_problems',
-           'run_notebook', 'read_results']
+           'given_parameters', 'collect_parameters', 'course_settings', 'package_commit', 'code_digests',
+           'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'StudyImages', 'load_images',
+           'class_table', 'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
 
 # %% ../nbs/22_study.ipynb #cell3
+import ast
 import json
 import os
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,18 +26,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import papermill
+import psutil
 import torch
+
+import moevo_nb
 
 from .backbone import cached_features, weights_file
 from .data import (
     ImageSet, load, locate, n_folds, ood_names, ood_sets, protocol_splits, protocols)
 from .encoding import encodings
 from .evaluation import Problem, connect_dask
-from .evolution import algorithms
+from .evolution import algorithms, graceful_interrupt
 from .head import presets
 from .pareto import hypervolume
 from .robustness import detectors
-from .system import cache_folder, did_you_mean, digest, file_lock, versions, write_text
+from .system import (
+    atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, explained,
+    file_digest, file_lock, versions, write_text)
 
 # %% ../nbs/22_study.ipynb #cell6
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ parameters = {
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
     "preset": _one_of("quick", "training in the search: quick or paper", *presets),
+    "report_preset": _one_of(
+        "paper", "training of the front that is reported: paper or quick", *presets),
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
     "algorithm": _one_of(
@@ -79,7 +88,8 @@ parameters = {
     "n_offsprings": _at_least(2, "masks a step, after the first population", 1),
     "n_evals": _at_least(200, "masks evaluated by each run, repeated ones included", 1),
     "runs": _at_least(1, "search runs, with seeds seed, seed + 1, …, on the same split", 1),
-    "seed": _at_least(0, "of splits, OoD images, heads and search", 0),
+    "seed": Parameter(0, "of splits, OoD images, heads and search", lambda v: 0 <= v < 2**31,
+                      "0 to 2147483647"),
     "n_jobs": _at_least(0, "processes of one thread each; 0: one for each core", 0),
     "device": _one_of("cpu", "of backbone and heads: cpu, cuda or mps", "cpu", "cuda", "mps"),
     "scheduler": Parameter(
@@ -90,6 +100,12 @@ parameters = {
     "show_images": Parameter(True, "False keeps pictures of the data set out of this notebook"),
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
 }
+
+# %% ../nbs/22_study.ipynb #1c0f8c14
+def _type_hint(name, kind):
+    "How the shell passes a value of a type, for `parameter_errors`."
+    if kind is str: return f"; from the shell, -r {name} VALUE passes any text as it stands"
+    return "; write True or False" if kind is bool else ""
 
 # %% ../nbs/22_study.ipynb #cell12
 def parameter_errors(
@@ -105,16 +121,33 @@ def parameter_errors(
         parameter = parameters[name]
         kind, meaning = type(parameter.default), parameter.meaning
         if type(value) is not kind:
-            was = type(value).__name__
-            found.append(f"{name} = {value!r} is {was}, {kind.__name__} expected ({meaning})")
+            said = f"{name} = {value!r} is {type(value).__name__}, {kind.__name__} expected"
+            found.append(f"{said} ({meaning}){_type_hint(name, kind)}")
         elif parameter.accepts and not parameter.accepts(value):
             found.append(f"{name} = {value!r}: {parameter.expected} expected ({meaning})")
     return found
 
+# %% ../nbs/22_study.ipynb #114cdac1
+def _least_memory(p):
+    "Bytes that extracting features takes at least, over all processes."
+    processes = (p.n_jobs or joblib.cpu_count()) if p.device == "cpu" else 1
+    each = 64 * 16 * p.image_size**2
+    return processes * each + p.n_jobs * 200e6
+
+# %% ../nbs/22_study.ipynb #7ea9c83a
+def _check_memory(p):
+    "Error: the images at this size, in so many processes, cannot fit into memory."
+    needed, available = _least_memory(p), psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(f"image_size {p.image_size} and n_jobs {p.n_jobs} would take at least "
+                         f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
+                         "available: ask for smaller images or fewer processes.")
+
 # %% ../nbs/22_study.ipynb #cell14
 def _check_availability(p):
-    "Errors: a data set, weights, device or cluster that is not there."
+    "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds)
+    _check_memory(p)
     locate(p.dataset)
     ood_names(p.dataset, p.ood)
     weights_file(p.backbone, p.weights)
@@ -140,14 +173,41 @@ def make_parameters(
     _check_availability(p)
     return p
 
+# %% ../nbs/22_study.ipynb #00c6a700
+def _assigned_plainly(source):
+    "The names that a cell assigns, if it does nothing but assign plain values."
+    try: statements = ast.parse(source).body
+    except SyntaxError: return []   # IPython's own commands
+    names = []
+    for statement in statements:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        read = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Load) and node.id != "float"]   # float("nan")
+        if read or not isinstance(target, ast.Name): return []
+        names.append(target.id)
+    return names
+
+# %% ../nbs/22_study.ipynb #1ae34e19
+def _last_assigned(inputs):
+    "The names that the parameter cells run last assign."
+    names = []
+    for source in reversed(inputs):
+        if found := _assigned_plainly(source): names += found
+        elif names: break
+    return names
+
 # %% ../nbs/22_study.ipynb #cell16
-def plain_values(
-    namespace:dict,   # a notebook's `globals()` right after its parameters
-) -> dict:            # name -> value
-    "What parameters a notebook was given: its plain values, without those that IPython keeps."
+def given_parameters(
+    namespace:dict,       # a notebook's `globals()`
+    known = parameters,   # names of its parameters
+) -> dict:                # name -> value
+    "What parameters a notebook was given: those it knows, and what its parameter cells assign."
+    assigned = _last_assigned(namespace.get("In", []))
     kinds = (str, int, float, list, dict, tuple, type(None))
-    return {name: value for name, value in namespace.items()
-            if isinstance(value, kinds) and not name.startswith("_") and name not in ("In", "Out")}
+    plain = {name: value for name, value in namespace.items()
+             if isinstance(value, kinds) and not name.startswith("_") and name not in ("In", "Out")}
+    return {name: value for name, value in plain.items()
+            if name in known or not assigned or name in assigned}
 
 # %% ../nbs/22_study.ipynb #cell20
 def collect_parameters(
@@ -155,7 +215,8 @@ def collect_parameters(
     names:str,          # of its parameters, separated by spaces
 ) -> SimpleNamespace:   # the parameters by name
     "The parameters of a notebook. Error: a name that it does not know."
-    given, known = plain_values(namespace), names.split()
+    known = names.split()
+    given = given_parameters(namespace, known)
     unknown = [name for name in given if name not in known]
     hints = [f"unknown parameter {name!r}{did_you_mean(name, known)}" for name in unknown]
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
@@ -166,24 +227,69 @@ def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
     "The parameters that decide the course of a search."
-    others = "n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
+    others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
 # %% ../nbs/22_study.ipynb #cell26
-def _git_commit():
-    "Commit of the working directory, '-dirty' if changed; None outside a repository."
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try: done = subprocess.run(command, capture_output=True, text=True, check=True)
+def package_commit(
+    folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
+) -> str|None:
+    "The commit of the checkout that tracks a package, '-dirty' if changed; None without one."
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(folder), *words],
+                              capture_output=True, text=True, check=True, env=own)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
-    return done.stdout.strip()
+
+# %% ../nbs/22_study.ipynb #2a0ba3b8
+def code_digests(
+    folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
+) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
+    "What identifies the code of a result."
+    folder = Path(folder)
+    modules = {path.name: file_digest(path) for path in sorted(folder.glob("*.py"))}
+    template = folder.parent / "nbs" / "experiment.ipynb"
+    if not template.exists(): return dict(package=digest(modules), experiment=None)
+    cells = json.loads(template.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return dict(package=digest(modules), experiment=digest(code))
+
+# %% ../nbs/22_study.ipynb #1e609fb2
+def _data_set_id(dataset):
+    "What identifies a data set in a result: its name, or a digest of its own folder's path."
+    folder = locate(dataset) if dataset else None
+    if folder is None: return dataset
+    folder = folder.resolve()
+    return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
+
+# %% ../nbs/22_study.ipynb #0688c96f
+def _holds_another(folder, dataset):
+    "Whether a folder has a result of another data set, or of another study."
+    path = folder / "result.json"
+    if not path.is_file(): return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    named = found.get("parameters", {}).get("dataset", "")   # as results said it before
+    return found.get("dataset_id", named) != _data_set_id(dataset)
+
+# %% ../nbs/22_study.ipynb #7a93a2bb
+def _default_folder(dataset):
+    "runs/<dataset>, or with a digest added if that has the results of another data set."
+    folder = Path("runs", Path(dataset).expanduser().resolve().name)
+    if not _holds_another(folder, dataset): return folder
+    return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
 # %% ../nbs/22_study.ipynb #cell27
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
-    dataset:str = "",    # name or path of the data set
+    dataset:str = "",    # name or path of the data set; "": a study of several
 ) -> Path:
-    "Where the results of a run go, made if missing. Errors: it is the cache, it cannot be written."
-    folder = Path(out_dir or Path("runs", Path(dataset).expanduser().resolve().name)).expanduser()
+    "Where results go, made if missing. Errors: the cache, another data set's, not writable."
+    folder = Path(out_dir).expanduser() if out_dir else _default_folder(dataset)
     if folder.resolve() == cache_folder().resolve():
         raise ValueError(f"out_dir {str(folder)!r} is the cache, whose store would be replaced: "
                          "name a folder of your own.")
@@ -192,8 +298,12 @@ def results_folder(
         write_text(folder / "figures" / ".writable", "")
         (folder / "figures" / ".writable").unlink()
     except OSError as e:
-        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({e.strerror}): "
+        raise ValueError(f"out_dir {str(folder)!r} cannot be written ({os.strerror(e.errno)}): "
                          "name a folder of your own.") from None
+    if _holds_another(folder, dataset):
+        raise ValueError(f"out_dir {str(folder)!r} has the results of another data set or study, "
+                         "which would be replaced: name another folder, or remove them.")
+    check_cache()
     return folder
 
 # %% ../nbs/22_study.ipynb #cell28
@@ -203,54 +313,114 @@ packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo
             "scikit-learn", "pandas", "pillow")   # whose versions a result names
 
 # %% ../nbs/22_study.ipynb #cell29
-class Run:
+_holders = {}   # folder -> the run of this process that holds it
+
+class _HeldFolder:
+    "A folder that one run at a time fills."
+    def __init__(self, folder):
+        self.folder, self.held = folder, ExitStack()
+        self.hold()
+
+    def hold(self):
+        "Hold the folder, instead of an earlier run of this process. Error: another one holds it."
+        key = str(self.folder.resolve())
+        if _holders.get(key) is self: return
+        if key in _holders: _holders[key].release()
+        lock = cache_folder() / "locks" / f"{digest(key)[:32]}.lock"
+        self.held.enter_context(file_lock(lock, f"what goes to {str(self.folder)!r}", wait=False))
+        _holders[key] = self
+        self.held.callback(_holders.pop, key)
+
+    def release(self):
+        "Let go of the folder, and of whatever else was held until the end."
+        self.held.close()
+
+# %% ../nbs/22_study.ipynb #9158d1d2
+class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
         self,
         parameters:dict,                    # `out_dir`, or else `dataset`, names the folder
         figures:tuple = experiment_figures, # names of the figures and tables that the run may leave
     ):
-        self.parameters, self.figures, self.results = parameters, figures, {}
-        self.seconds, self.held, self.commit = {}, ExitStack(), _git_commit()
-        self.folder = results_folder(parameters["out_dir"], parameters.get("dataset", ""))
+        self.parameters, self.figures = parameters, figures
+        self.results, self.seconds, self.written, self.started = {}, {}, set(), False
+        self.code, self.commit = code_digests(), package_commit()
+        self.dataset = parameters.get("dataset", "")
+        super().__init__(results_folder(parameters["out_dir"], self.dataset))
 
     def start(self):
-        "Take away what an earlier run has left, and hold the folder. Error: another holds it."
-        lock = cache_folder() / "locks" / f"{digest(str(self.folder.resolve()))[:32]}.lock"
-        self.held.enter_context(file_lock(lock, f"what goes to {str(self.folder)!r}", wait=False))
+        "Take away what an earlier run has left; once a run."
+        if self.started: return
+        self.started = True
         figures = [f"figures/{figure}.{kind}" for figure in self.figures for kind in ("png", "csv")]
         for name in ("result.json", "front.csv", "evaluations.sqlite", *figures):
             (self.folder / name).unlink(missing_ok=True)
 
+    def _stoppable(self, what):
+        return graceful_interrupt(lambda: (
+            f"stopped during {what!r}; features and evaluations that were finished are kept in "
+            f"{cache_folder()}: the same command goes on from there"))
+
     @contextmanager
     def stage(self, name):
-        "Time a part of the run; the same name adds up."
+        "Time a part of the run; SIGINT and SIGTERM stop it with a word on how to go on."
         began = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - began, 2)
+        with self._stoppable(name): yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+    @contextmanager
+    def writing(self, name):
+        "Yields the path of a file of the results. Errors: not started, it cannot be written."
+        if not self.started:
+            raise RuntimeError(f"{name} belongs to a run that has not started: run the cells "
+                               "before this one first.")
+        self.hold()
+        path = self.folder / name
+        try:
+            with explained(path, "written"): yield path
+        except sqlite3.Error as e: raise OSError(f"{path} cannot be written ({e}).") from None
+        self.written.add(name)
 
     def save_table(self, name, table):
         "Write figures/NAME.csv, with a name of `figures`."
         if name not in self.figures:
             raise ValueError(f"{name!r} is not one of {', '.join(self.figures)}: "
                              "the next run would not take it away.")
-        write_text(self.folder / "figures" / f"{name}.csv", table.to_csv())
+        with self.writing(f"figures/{name}.csv") as path: write_text(path, table.to_csv())
 
     def save_figure(self, name, table):
         "Write the current figure to figures/NAME.png, and the numbers in it to figures/NAME.csv."
-        self.save_table(name, table)
-        plt.gcf().savefig(self.folder / "figures" / f"{name}.png")
+        with self._stoppable(name):
+            self.save_table(name, table)
+            with self.writing(f"figures/{name}.png") as path, atomic_path(path) as partial:
+                plt.gcf().savefig(partial, format="png")
 
     def record(self, **results):
         "Keep results for `result.json`; tables become nested dictionaries."
         self.results |= as_json(results)
 
-    def finish(self):
-        "Write `result.json`: parameters, versions, commit, results, seconds."
-        about = dict(parameters=self.parameters, versions=versions(*packages), commit=self.commit)
+    def _check_complete(self, left_out):
+        "Error: a figure was not saved, or what was written is gone."
+        needed = {f"figures/{name}.csv" for name in self.figures if name not in left_out}
+        found = {name for name in self.written if (self.folder / name).exists()}
+        if missing := sorted((needed | self.written) - found):
+            raise RuntimeError(f"{', '.join(missing)} must be in {str(self.folder)!r} before the "
+                               "run is complete: run the cells that write them, in order.")
+
+    def finish(
+        self,
+        left_out:tuple|list = (),   # figures that this run does not have
+    ):
+        "Write `result.json`: parameters, versions, code, results, seconds."
+        self._check_complete(left_out)
+        about = dict(
+            parameters=self.parameters, dataset_id=_data_set_id(self.dataset),
+            versions=versions(*packages), commit=self.commit, code=self.code)
         about |= self.results | dict(seconds=self.seconds)
-        write_text(self.folder / "result.json", json.dumps(about, indent=1, allow_nan=False) + "\n")
-        self.held.close()
+        text = json.dumps(about, indent=1, allow_nan=False) + "\n"
+        with self.writing("result.json") as path: write_text(path, text)
+        self.release()
 
 # %% ../nbs/22_study.ipynb #cell30
 def as_json(
@@ -368,6 +538,19 @@ def load_images(
     splits = protocol_splits(images, others, p.protocol, p.folds, p.seed)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
+# %% ../nbs/22_study.ipynb #c5181c42
+def class_table(
+    images:ImageSet,
+    most:int = 20,     # classes with a row of their own
+) -> pd.DataFrame:     # column images, a row a class
+    "How many images each class has; what is over `most` classes, in one row."
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    table = pd.DataFrame(dict(images=counts), index=pd.Index(images.classes, name="class"))
+    if len(table) <= most: return table
+    rest = table.iloc[most:]
+    table.loc[f"and {len(rest)} more classes"] = rest.images.sum()
+    return table.iloc[[*range(most), -1]]
+
 # %% ../nbs/22_study.ipynb #cell48
 def load_features(
     p:SimpleNamespace,
@@ -395,9 +578,8 @@ class StudyProblems:
 
 # %% ../nbs/22_study.ipynb #cell50
 def load_problems(
-    p:SimpleNamespace,                 # the parameters
-    study:StudyImages|None = None,     # its images, if they are loaded already
-    report_training:dict = presets["paper"],   # of the front that is reported
+    p:SimpleNamespace,               # the parameters
+    study:StudyImages|None = None,   # its images, if they are loaded already
 ) -> StudyProblems:
     "From parameters to problems."
     study = study or load_images(p)
@@ -416,8 +598,8 @@ def load_problems(
 
     return StudyProblems(
         search=problem(study.search_splits, presets[p.preset]),
-        selection=problem(study.search_splits, report_training),
-        report=problem(study.report_splits, report_training))
+        selection=problem(study.search_splits, presets[p.report_preset]),
+        report=problem(study.report_splits, presets[p.report_preset]))
 
 # %% ../nbs/22_study.ipynb #cell53
 def run_notebook(
@@ -438,7 +620,8 @@ def run_notebook(
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
-    names = "dataset", "backbone", "protocol", "search", "preset", "runs"
+    names = "dataset", "backbone", "protocol", "search", "preset", "report_preset", "runs"
+    given = dict(report_preset="paper") | given   # the only one until it became a parameter
     weights = Path(given["weights"]).name or "pretrained"
     folds = len(result["images"]["evaluation"])
     return {name: given[name] for name in names} | dict(

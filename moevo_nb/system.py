@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digest', 'file_digest', 'cache_folder', 'data_folder', 'explained', 'atomic_path', 'write_text', 'file_lock',
            'check_cache', 'numeric_libraries', 'one_thread', 'run_parallel', 'graceful_interrupt', 'versions',
-           'did_you_mean', 'import_torchvision']
+           'did_you_mean', 'figure_text', 'import_torchvision']
 
 # %% ../nbs/00_system.ipynb #cell3
 import difflib
@@ -312,6 +312,16 @@ def did_you_mean(
     "A hint at the known name that is most like an unknown one."
     near = difflib.get_close_matches(name, [*known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+# %% ../nbs/00_system.ipynb #67c8ef70
+def figure_text(
+    name:str,
+) -> str:       # as matplotlib draws it literally
+    "A name in a form that figures show as it stands."
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    known = get_font(findfont(FontProperties())).get_charmap()
+    drawn = "".join(char if ord(char) in known else "\ufffd" for char in name)
+    return (" " * drawn.startswith("_") + drawn).replace("$", r"\$")
 
 # %% ../nbs/00_system.ipynb #cell35
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 "The main job through papermill, on a few small images and masks: complete, repeatable, resumable, and strict."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
+from moevo_nb.head import presets
 from moevo_nb.store import Store
 
 root = Path(__file__).parent.parent
@@ -44,6 +47,8 @@ def test_a_run_leaves_everything_behind(finished):
     unpruned = result["ood_by_set"]["unpruned"]["auroc"]
     assert list(unpruned) == ["weaves", "pooled"] and abs(unpruned["pooled"] - result["unpruned"]["auroc"]) < 1e-9
     assert result["seeds"] == [1, 2, 3, 4, 5] and result["gains_over_seeds"]["knee"]["accuracy"]["min"] <= 1
+    assert result["trainings"] == dict(search=presets["quick"], report=presets["paper"])
+    assert len(result["code"]["package"]) == len(result["code"]["experiment"]) == 64
     assert result["training_seconds"]["search"] > 0 and 0 <= result["recurring_neurons"]["sampler_top_frequency"] <= 1
     front = pd.read_csv(out / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "searched_accuracy", "searched_auroc", "mask"]
@@ -69,32 +74,64 @@ def test_a_warm_cache_spares_the_backbone(finished):
     assert "through the backbone" not in printed(finished[2] / "out.ipynb")
 
 
-def test_the_papers_own_search_under_holdout_reports_what_it_never_saw(finished, class_folders, tmp_path):
-    own = dict(search="paper", preset="paper", protocol="holdout", runs=2, out_dir="results")
+def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, class_folders, tmp_path):
+    own = dict(search="paper", preset="quick", report_preset="quick", protocol="holdout", runs=2, out_dir="results")
     done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, **own, **small)
     assert done.returncode == 0, done.stderr[-3000:]
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
     chosen = front.sort_values(["validation_accuracy", "active_fraction"], ascending=[False, True]).iloc[0]
     assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selection"] != result["hypervolume"]
-    assert result["evaluations"] == 14 and set(front.run) <= {0, 1}
+    assert result["evaluations"] == 14 and set(front.run) <= {0, 1} and result["parameters"]["report_preset"] == "quick"
+    assert result["trainings"]["search"] == result["trainings"]["report"] == presets["quick"]
     attained = pd.read_csv(tmp_path / "results" / "figures" / "attainment.csv", header=[0, 1], index_col=0)
     assert attained.columns.tolist() == [(o, f"run_{k}") for o in ("accuracy", "auroc") for k in range(2)]
     curves = pd.read_csv(tmp_path / "results" / "figures" / "hypervolume.csv")
     assert len(curves) == 7 and (attained.diff().iloc[1:] >= 0).all(axis=None)
 
 
+def test_run_all_again_and_every_cell_singly(class_folders, cache, tmp_path, monkeypatch):
+    "In one kernel: in order, then every cell alone, the last one first, then in order; with names of classes that figures must not read."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MPLBACKEND", raising=False)   # figures are shown, as in a user's notebook
+    for folder, name in zip(sorted(class_folders.iterdir()), ("$5_$10", "_<b>", "花")): shutil.copytree(folder, tmp_path / "own" / name)
+    given = dict(small, dataset="own", report_preset="quick", show_images=True)
+    notebook = nbformat.from_dict(json.loads((root / "nbs" / "experiment.ipynb").read_text()))
+    for k, cell in enumerate(notebook.cells): cell.update(id=f"cell-{k}", source="".join(cell.source))
+    tagged = next(k for k, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in given.items())]   # as papermill does
+    notebook.cells.insert(tagged + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+    cells, results = [c for c in notebook.cells if c.cell_type == "code"], tmp_path / "runs" / "own"
+
+    def left_behind(): return {str(f.relative_to(results)): f.read_bytes() for f in results.rglob("*") if f.suffix in (".json", ".csv", ".png")}
+
+    found, client = [], NotebookClient(notebook, kernel_name="python3")
+    with client.setup_kernel():
+        for part in (cells, cells[::-1], cells):
+            for cell in part: client.execute_cell(cell, notebook.cells.index(cell))
+            found.append(left_behind())
+    one, singly, again = found
+    for other in (singly, again):
+        assert set(one) == set(other) and all(one[name] == other[name] for name in one if name.endswith(".csv"))
+        results_of = [json.loads(files["result.json"]) | dict(seconds=0, training_seconds=0) for files in (one, other)]
+        assert results_of[0] == results_of[1]
+    text = "".join(str(c.outputs) for c in cells)
+    assert "$5_$10" in text and "mathjax_ignore" in text and "Warning" not in text
+
+
 def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "result.json").write_text("{}")   # of an earlier run, which stays
+    earlier = (finished[0] / "results" / "result.json").read_text()
+    (tmp_path / "results" / "result.json").write_text(earlier)   # stays
     done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, resume="must", out_dir="results", **dict(small, pop_size=5))
-    assert (tmp_path / "results" / "result.json").read_text() == "{}"
+    assert (tmp_path / "results" / "result.json").read_text() == earlier
     assert done.returncode != 0 and "there is nothing to resume" in done.stderr and "- pop_size: 4 there, 5 asked for" in done.stderr
     assert "- n_evals" not in done.stderr and "- seed" not in done.stderr
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (dict(datset="flowers", n_evals="many", pop_size=1), ["did you mean 'dataset'?", "int expected", "at least 2"]),
+    (dict(datset="flowers", n_evals="many", pop_size=1, dataset="007", show_images="false"),
+     ["did you mean 'dataset'?", "int expected", "at least 2", "dataset = 7 is int", "-r dataset VALUE", "write True or False"]),
     (dict(out_dir="/proc/x"), ["cannot be written"])])
 def test_bad_parameters_stop_before_anything_is_computed(tmp_path, wrong, said):
     (tmp_path / "results").mkdir()

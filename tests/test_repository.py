@@ -67,6 +67,17 @@ def test_environment_pins_what_settings_pins():
     assert dry.returncode == 0 and "Would install" not in dry.stdout, dry.stdout + dry.stderr
 
 
+def test_a_source_distribution_can_be_installed(tmp_path):
+    "Built, installed without the network, and imported with its figures' style, away from the checkout."
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "moevo_nb", tmp_path / "moevo_nb")
+    run(["python", "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')"], tmp_path)
+    built, = (tmp_path / "dist").glob("*.tar.gz")
+    run(["pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target", "site", str(built)], tmp_path)
+    used = "import moevo_nb.system, matplotlib.style, sys; matplotlib.style.use('moevo_nb.figures'); sys.exit('site' not in moevo_nb.__file__)"
+    run(["python", "-c", f"import sys; sys.path.insert(0, 'site'); {used}"], tmp_path)
+
+
 layers = {   # module: what it may import, besides system, which every module may use
     "system": "", "rendering": "", "registry": "", "data": "rendering registry", "backbone": "data", "encoding": "", "head": "encoding",
     "robustness": "", "pareto": "", "store": "pareto", "evaluation": "encoding head robustness pareto store",
@@ -115,6 +126,50 @@ def test_the_experiment_declares_the_parameters_that_are_checked():
     assert given == {name: parameter.default for name, parameter in parameters.items()}
     comments = [line.split("  # ", 1)[1] for line in "".join(cell["source"]).splitlines()]
     assert comments == [parameter.meaning for parameter in parameters.values()]
+
+
+def names_of(node, context):
+    "Names that a piece of code reads or binds, comprehensions' own and functions' arguments left out."
+    inside = [n for n in ast.walk(node) if isinstance(n, (ast.comprehension, ast.FunctionDef, ast.Lambda))]
+    own = {n.id for part in inside if isinstance(part, ast.comprehension) for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+    own |= {a.arg for part in inside if not isinstance(part, ast.comprehension) for a in ast.walk(part.args) if isinstance(a, ast.arg)}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)} - own
+
+
+def read_and_bound(source):
+    "The names that a cell takes from other cells, and those that it binds."
+    read, bound = set(), set()
+
+    def visit(statements):
+        for node in statements:
+            bodies = [getattr(node, part) for part in ("body", "orelse") if isinstance(getattr(node, part, None), list)]
+            if isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom)):
+                read.update(names_of(node, ast.Load) - bound - names_of(node, ast.Store))
+                bound.update([node.name] if isinstance(node, ast.FunctionDef) else [a.asname or a.name for a in node.names])
+                continue
+            heads = [node] if not bodies else [n for n in ast.iter_child_nodes(node) if not isinstance(n, ast.stmt)]
+            for head in heads: read.update(names_of(head, ast.Load) - bound)
+            for head in heads: bound.update(names_of(head, ast.Store))
+            for body in bodies: visit(body)
+
+    visit(ast.parse(source).body)
+    return read, bound
+
+
+def test_what_a_cell_reads_and_binds():
+    assert read_and_bound("x = y\nfor a in x: z = a + b\nw = [c for c in z if d]") == ({"y", "b", "d"}, {"x", "a", "z", "w"})
+    assert read_and_bound("n = n + 1\nwith f() as g: h = g")[0] == {"n", "f"}
+
+
+def test_any_cell_of_the_experiment_can_be_run_again():
+    "What a cell takes from others is bound by one of them alone, and no result has the name of a parameter."
+    from moevo_nb.study import parameters
+    code = [c for c in cells["experiment"] if c["cell_type"] == "code"]
+    tagged = next(k for k, c in enumerate(code) if "parameters" in c["metadata"].get("tags", []))
+    read, bound = zip(*(read_and_bound("".join(c["source"])) for c in code))
+    for k in range(len(code)):
+        assert k == tagged or not bound[k] & set(parameters)
+        for name in read[k]: assert name not in bound[k] and sum(name in names for names in bound) <= 1, name
 
 
 def test_what_is_public_is_documented():
