@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['split_interval', 'holm', 'compare_methods', 'plot_intervals', 'friedman', 'spearman_interval', 'mcnemar', 'stability']
 
-# %% ../nbs/18_statistics.ipynb #adbf6381
+# %% ../nbs/18_statistics.ipynb #955ec87a
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-# %% ../nbs/18_statistics.ipynb #62b8715b
+# %% ../nbs/18_statistics.ipynb #e0610d91
 def _checked_splits(values):
     "Values of splits as a float64 vector, after checking them."
     values = np.asarray(values, dtype=float)
@@ -20,7 +20,7 @@ def _checked_splits(values):
                          "(n_splits,), and at least one split")
     return values
 
-# %% ../nbs/18_statistics.ipynb #9dc8824a
+# %% ../nbs/18_statistics.ipynb #e6381a91
 def split_interval(
     values:np.ndarray,         # of a method, or differences of two, one for each split, (n_splits,)
     test_train_ratio:float,    # evaluation images for each training image; 0: independent splits
@@ -39,7 +39,7 @@ def split_interval(
     else: p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return dict(mean=mean, low=mean - half, high=mean + half, p=p)
 
-# %% ../nbs/18_statistics.ipynb #491d6d7b
+# %% ../nbs/18_statistics.ipynb #a422b938
 def holm(
     p:np.ndarray,    # p-values, (n_tests,); NaN where there was no test
 ) -> np.ndarray:     # (n_tests,)
@@ -53,7 +53,7 @@ def holm(
     adjusted[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1)
     return adjusted
 
-# %% ../nbs/18_statistics.ipynb #ec3ae392
+# %% ../nbs/18_statistics.ipynb #972bd376
 def compare_methods(
     values:pd.DataFrame,       # a row for each split, a column for each method
     reference:str,             # the column that the others are compared with
@@ -69,7 +69,7 @@ def compare_methods(
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.assign(p_holm=holm(table.p))
 
-# %% ../nbs/18_statistics.ipynb #e453fec4
+# %% ../nbs/18_statistics.ipynb #92e2f7d6
 def plot_intervals(
     table:pd.DataFrame,         # a row for each method: mean, low, high
     ax:plt.Axes|None = None,    # a new one by default
@@ -88,7 +88,7 @@ def plot_intervals(
     ax.set_ylim(len(table) - 0.5, -0.5)
     return ax
 
-# %% ../nbs/18_statistics.ipynb #f319bf97
+# %% ../nbs/18_statistics.ipynb #1fc23518
 def friedman(
     values:pd.DataFrame,   # a row for each data set, a column for each method; higher is better
     control:str,           # the method that the others are compared with
@@ -107,7 +107,7 @@ def friedman(
     overall = dict(statistic=float(statistic), p=float(p), kendall_w=float(kendall_w))
     return overall, table.assign(p_holm=holm(table.p))
 
-# %% ../nbs/18_statistics.ipynb #f1b2e9f1
+# %% ../nbs/18_statistics.ipynb #f94e8810
 def _spearman(x, y, axis=-1):
     "Spearman's ρ along an axis: the correlation of ranks, which share ties."
     x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
@@ -115,7 +115,7 @@ def _spearman(x, y, axis=-1):
     size = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
     return (x * y).sum(axis=axis) / np.where(size > 0, size, np.inf)   # 0 where all are tied
 
-# %% ../nbs/18_statistics.ipynb #210756c7
+# %% ../nbs/18_statistics.ipynb #48baa574
 def spearman_interval(
     x:np.ndarray,               # one objective, (n_members,)
     y:np.ndarray,               # another objective of the same members
@@ -135,7 +135,7 @@ def spearman_interval(
     low, high = found.confidence_interval
     return dict(rho=rho, low=float(low), high=float(high))
 
-# %% ../nbs/18_statistics.ipynb #b81cbcaf
+# %% ../nbs/18_statistics.ipynb #85c86db4
 def mcnemar(
     first:np.ndarray,    # bool (n_images,): which images one classifier gets right
     second:np.ndarray,   # the same of another classifier
@@ -151,7 +151,7 @@ def mcnemar(
     p = float(stats.binomtest(only_first, n).pvalue) if n else 1.0
     return dict(only_first=only_first, only_second=only_second, p=p)
 
-# %% ../nbs/18_statistics.ipynb #df88bdd6
+# %% ../nbs/18_statistics.ipynb #83aa3d91
 def stability(
     masks:np.ndarray,   # bool (n_masks, n_neurons)
 ) -> float:             # at most 1; 0: as random masks
