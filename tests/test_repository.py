@@ -83,7 +83,8 @@ layers = {   # module: what it may import, besides system, which every module ma
     "robustness": "", "pareto": "", "store": "pareto", "evaluation": "encoding head robustness pareto store",
     "operators": "encoding head", "surrogate": "pareto", "evolution": "operators surrogate evaluation pareto store",
     "explain": "backbone encoding head operators pareto", "ensemble": "robustness",
-    "baselines": "encoding head evaluation pareto", "selection": "pareto evaluation surrogate ensemble",
+    "baselines": "encoding head evaluation pareto store", "statistics": "",
+    "selection": "pareto evaluation surrogate ensemble",
 }
 
 
