@@ -439,6 +439,10 @@ def cached_features(
     "The features, or the maps, of a set's images, from the cache if they were computed before."
     everything = np.arange(len(images))
     indices = everything if indices is None else np.asarray(indices)
+    if images.part_of:   # the features of the whole set are shared by all its parts
+        whole, rows = images.part_of
+        return cached_features(whole, name, weights, size, n_jobs, device, rows[indices], maps,
+                               progress)
     wanted = indices if maps else everything
     size = size or images.image_size
     file = _cache_file(images, name, weights, size, device, wanted, maps)

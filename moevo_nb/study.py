@@ -28,7 +28,8 @@ import torch
 
 from .backbone import cached_features, weights_file
 from .data import (
-    ImageSet, load, locate, n_folds, ood_names, ood_sets, protocol_splits, protocols)
+    ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
+    ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
 from .encoding import encodings
 from .evaluation import Problem, connect_dask
 from .evolution import algorithms
@@ -60,7 +61,8 @@ def _at_least(default, meaning, least):
 # %% ../nbs/22_study.ipynb #cell9
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
-    "ood": Parameter("", 'OoD sets, comma-separated; "": registered ones under MOEVO_DATA'),
+    "ood": Parameter("", 'OoD sets, class:NAME, classes:N, with commas; "": registered sets'),
+    "n_ood": _at_least(0, "OoD images; 0: as many as evaluation images", 0),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
     "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
@@ -70,6 +72,7 @@ parameters = {
     "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
+    "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
     "preset": _one_of("quick", "training in the search: quick or paper", *presets),
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
@@ -114,9 +117,10 @@ def parameter_errors(
 # %% ../nbs/22_study.ipynb #cell14
 def _check_availability(p):
     "Errors: a data set, weights, device or cluster that is not there."
-    n_folds(p.protocol, p.folds)
+    n_folds(p.protocol, p.folds, p.split)
     locate(p.dataset)
     ood_names(p.dataset, p.ood)
+    if classes := class_names(p.dataset): held_out_classes(classes, p.ood, p.seed)
     weights_file(p.backbone, p.weights)
     mps = torch.backends.mps.is_available()
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=mps)
@@ -342,12 +346,22 @@ class StudyImages:
         rows = []
         for part, splits in parts.items():
             for fold, (train, own, mixture) in enumerate(splits):
-                counts = dict(fold=fold, images=part, train=len(train), evaluated=len(own))
+                counts = dict(fold=fold, images=part, train=len(train), evaluated=len(own),
+                              ood=sum(map(len, mixture)))
                 rows.append(counts | self._ood_counts(mixture))
         return pd.DataFrame(rows).set_index(["fold", "images"])
 
     def _ood_counts(self, mixture):
         return {images.name: len(drawn) for images, drawn in zip(self.ood_sets, mixture)}
+
+    def notes(self):
+        "What a reader should know of the images, a sentence each."
+        found = [f"{self.images.name}: {class_counts(self.images)}"]
+        for (fold, part), row in self.table().iterrows():
+            if row.ood != row.evaluated:
+                found.append(f"fold {fold}, {part}: {row.ood} OoD images for "
+                             f"{row.evaluated} evaluated images")
+        return found
 
     def about(self):
         "What a result says of its images."
@@ -355,7 +369,7 @@ class StudyImages:
         images = dict(
             total=len(self.images), classes=len(self.images.classes), image_size=self.image_size,
             evaluation=[len(own) for _, own, _ in self.report_splits], skipped=self.images.skipped,
-            ood_skipped=sum(images.skipped for images in self.ood_sets))
+            ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
         return dict(ood=ood, images=images)
 
 # %% ../nbs/22_study.ipynb #cell45
@@ -363,12 +377,14 @@ def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
     "The images of a study. Errors: all that is wrong with them."
-    images = load(p.dataset, p.on_bad)
-    others = ood_sets(images, p.dataset, p.ood, p.on_bad)
-    splits = protocol_splits(images, others, p.protocol, p.folds, p.seed)
+    images = load(p.dataset, p.on_bad, split=p.split)
+    images, near = hold_out(images, held_out_classes(images.classes, p.ood, p.seed))
+    others = near + ood_sets(images, p.dataset, p.ood, p.on_bad, p.split)
+    splits = protocol_splits(images, p.protocol, p.folds, p.seed, p.split)
+    others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell48
+# %% ../nbs/22_study.ipynb #cell50
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -385,7 +401,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell49
+# %% ../nbs/22_study.ipynb #cell51
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -393,7 +409,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell50
+# %% ../nbs/22_study.ipynb #cell52
 def load_problems(
     p:SimpleNamespace,                 # the parameters
     study:StudyImages|None = None,     # its images, if they are loaded already
@@ -419,7 +435,7 @@ def load_problems(
         selection=problem(study.search_splits, report_training),
         report=problem(study.report_splits, report_training))
 
-# %% ../nbs/22_study.ipynb #cell53
+# %% ../nbs/22_study.ipynb #cell55
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -434,7 +450,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell56
+# %% ../nbs/22_study.ipynb #cell58
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -444,7 +460,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell57
+# %% ../nbs/22_study.ipynb #cell59
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -460,7 +476,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell60
+# %% ../nbs/22_study.ipynb #cell62
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
     "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
     "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),
