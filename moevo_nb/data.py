@@ -267,7 +267,7 @@ def _check_files(
 def _names(paths):
     "The names of some files or folders, the first five of them."
     names = [path.name for path in paths]
-    return ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "nothing"
+    return ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "no folder"
 
 def _place(folder, part, name=""):
     "The folder of a part, or of a class in it."
@@ -340,9 +340,9 @@ def _class_errors(
                           f"at least {needed} expected in a class")
     n_classes = len(next(iter(parts.values())))
     if n_classes < 2 and least > 1:
-        errors.append(f"{n_classes} class folders ({_names(subfolders(folder))}) and "
-                      f"{len(loose_files(folder))} files beside them; at least 2 class folders are "
-                      "expected: class/*.jpg, or train/class/*.jpg and test/class/*.jpg")
+        errors.append(f"{n_classes} class folders, at least 2 expected: class/*.jpg, or "
+                      "train/class/*.jpg and test/class/*.jpg; the folder holds "
+                      f"{_names(subfolders(folder))}, and {len(loose_files(folder))} files")
     return errors
 
 # %% ../nbs/03_data.ipynb #cell62
@@ -612,7 +612,7 @@ def mixture_sizes(
     "How many OoD images each mixture has. Error: there is not one for each."
     held = sum(map(len, sets))
     grow = any(images.grow for images in sets)
-    most = max(held, most_rendered) if grow else held
+    most = max(held, most_rendered) if grow else max(evaluated)
     wanted = [n_ood or min(n, most) for n in evaluated]
     wanted = [max(n, len(sets)) for n in wanted]
     if grow or sum(wanted) <= held: return wanted
