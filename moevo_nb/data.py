@@ -269,11 +269,12 @@ def _names(paths):
     names = [path.name for path in paths]
     return ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "no folder"
 
+# %% ../nbs/03_data.ipynb #cell55
 def _place(folder, part, name=""):
     "The folder of a part, or of a class in it."
     return (split_parts(folder)[part][0] if part else folder) / name
 
-# %% ../nbs/03_data.ipynb #cell55
+# %% ../nbs/03_data.ipynb #cell56
 def _part_errors(folder, parts):
     "What is wrong with the parts of a split: a sentence for each problem."
     found = split_parts(folder)
@@ -290,9 +291,9 @@ def _part_errors(folder, parts):
         errors.append(f"{_names(here)}: this folder needs its counterpart, train with test{hint}")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell56
+# %% ../nbs/03_data.ipynb #cell57
 def _nesting_errors(folder, parts):
-    "A sentence for each class folder that holds no images itself, and for classes called like parts."
+    "A sentence for each class folder without images of its own, and for classes called like parts."
     errors = []
     known = [path for paths in split_parts(folder).values() for path in paths]
     for part, classes in parts.items():
@@ -300,8 +301,8 @@ def _nesting_errors(folder, parts):
             inside = subfolders(path)
             if inside and not loose_files(path) and path not in known:
                 errors.append(f"{path.relative_to(folder)}: it holds folders only "
-                              f"({_names(inside)}), but a class folder holds images; if these are "
-                              "the classes or the parts of the split, give the path of their folder")
+                              f"({_names(inside)}), but a class folder holds images; if these "
+                              "are classes or parts of a split, give the path of their folder")
     spellings = sum(part_names.values(), ())
     classes = [name for name in parts.get("", ()) if folder / name not in known]
     if classes and all(name.lower() in spellings for name in classes):
@@ -309,7 +310,7 @@ def _nesting_errors(folder, parts):
                       "they hold images; expected are train/class/*.jpg and test/class/*.jpg")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell57
+# %% ../nbs/03_data.ipynb #cell58
 def _missing_classes(parts):
     "A sentence for each class that is missing in a part."
     errors = []
@@ -319,7 +320,7 @@ def _missing_classes(parts):
                        for name in sorted(set(classes) - set(parts[other]))]
     return errors
 
-# %% ../nbs/03_data.ipynb #cell60
+# %% ../nbs/03_data.ipynb #cell61
 def _class_errors(
     folder:Path,
     parts:dict,    # as from `class_files`
@@ -345,7 +346,7 @@ def _class_errors(
                       f"{_names(subfolders(folder))}, and {len(loose_files(folder))} files")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell62
+# %% ../nbs/03_data.ipynb #cell63
 def _refuse(folder, problems, skippable):
     "Error: the folder has problems, of which the message lists the first 50."
     more = [f"… and {len(problems) - 50} more"] if len(problems) > 50 else []
@@ -353,7 +354,7 @@ def _refuse(folder, problems, skippable):
     head = f"{folder} cannot be used; repair or remove the following{skip}:"
     raise ValueError("\n".join([head, *problems[:50], *more]))
 
-# %% ../nbs/03_data.ipynb #cell63
+# %% ../nbs/03_data.ipynb #cell64
 def _set_of_files(folder, parts, found, hashes, **known):
     "The image set of usable files, given as (part, label, file)."
     files = [file for _, _, file in found]
@@ -369,7 +370,7 @@ def _set_of_files(folder, parts, found, hashes, **known):
         validation=part == "val" if "val" in parts else None,
         contents=tuple(hashes[file] for file in files), **known)
 
-# %% ../nbs/03_data.ipynb #cell64
+# %% ../nbs/03_data.ipynb #cell65
 def folder_set(
     folder:str|Path,          # class/*.jpg, or train/class/*.jpg with test/class/*.jpg
     image_size:int = 224,     # pixels; 224 is what the backbones were trained at
@@ -393,7 +394,7 @@ def folder_set(
     return _set_of_files(folder, parts, found, hashes,
                          image_size=image_size, skipped=len(unusable), **known)
 
-# %% ../nbs/03_data.ipynb #cell74
+# %% ../nbs/03_data.ipynb #cell75
 def known_sets() -> list:
     "Names that `load` takes: rendered sets, registered ones, and folders under `data_folder()`."
     folder = data_folder()
@@ -401,7 +402,7 @@ def known_sets() -> list:
     visible = sorted(name for name in here if name[0] != ".")
     return list(dict.fromkeys([*rendered, *registered, *visible]))
 
-# %% ../nbs/03_data.ipynb #cell76
+# %% ../nbs/03_data.ipynb #cell77
 def locate(
     dataset:str,   # a rendered or registered set, a folder under `MOEVO_DATA`, or a folder's path
 ) -> Path|None:    # the folder, even if it is still to be fetched; None: it is rendered
@@ -419,7 +420,7 @@ def locate(
         f"(class/*.jpg, or train/class/*.jpg and test/class/*.jpg). "
         f"Named folders are looked up under {data_folder()} (set MOEVO_DATA to change it).")
 
-# %% ../nbs/03_data.ipynb #cell78
+# %% ../nbs/03_data.ipynb #cell79
 def _registered_name(
     dataset:str,   # as for `locate`
 ) -> str:          # '' for a folder of the user's own
@@ -430,7 +431,7 @@ def _registered_name(
     same = folder.resolve() == (data_folder() / folder.name).resolve()
     return folder.name if known and same else ""
 
-# %% ../nbs/03_data.ipynb #cell80
+# %% ../nbs/03_data.ipynb #cell81
 def load(
     dataset:str,            # as for `locate`
     on_bad:str = "error",   # what to do about unusable files: "error" or "skip"
@@ -450,7 +451,7 @@ def load(
     return folder_set(folder, row["image_size"], on_bad, least, folds=row["folds"], about=about,
                       keeps_split=row.get("keeps_split", False))
 
-# %% ../nbs/03_data.ipynb #cell86
+# %% ../nbs/03_data.ipynb #cell87
 def _strata(
     labels:np.ndarray,   # (n_images,)
     n:int,               # images that a stratum must have
@@ -463,7 +464,7 @@ def _strata(
         _, strata, counts = np.unique(strata, return_inverse=True, return_counts=True)
     return strata
 
-# %% ../nbs/03_data.ipynb #cell88
+# %% ../nbs/03_data.ipynb #cell89
 def stratified_folds(
     labels:np.ndarray,              # (n_images,)
     folds:int,                      # at least 2
@@ -478,7 +479,7 @@ def stratified_folds(
     for k, (_, held_out) in enumerate(splitter.split(strata, strata, groups)): fold[held_out] = k
     return fold
 
-# %% ../nbs/03_data.ipynb #cell93
+# %% ../nbs/03_data.ipynb #cell94
 def _duplicate_groups(
     images:ImageSet,
     which=slice(None),    # which images of the set
@@ -489,7 +490,7 @@ def _duplicate_groups(
     first = {content: i for i, content in reversed([*enumerate(contents)])}
     return np.array([first[content] for content in contents])
 
-# %% ../nbs/03_data.ipynb #cell94
+# %% ../nbs/03_data.ipynb #cell95
 def _different_images(
     images:ImageSet,
     which:np.ndarray,   # indices of some images
@@ -500,7 +501,7 @@ def _different_images(
     different = np.unique(np.c_[images.labels[which], groups], axis=0)
     return np.bincount(different[:, 0], minlength=len(images.classes))
 
-# %% ../nbs/03_data.ipynb #cell95
+# %% ../nbs/03_data.ipynb #cell96
 def _own_split(
     images:ImageSet,
     folds:int,         # at least 2: folds are asked for
@@ -509,7 +510,7 @@ def _own_split(
     "Whether a set is split into its own train and test images."
     return images.test is not None and folds < 2 and (split < 0 or images.keeps_split)
 
-# %% ../nbs/03_data.ipynb #cell96
+# %% ../nbs/03_data.ipynb #cell97
 def _check_trained(images, folds):
     "Error: a class has no training image in one of the folds, since copies are kept together."
     for train, _ in folds:
@@ -519,7 +520,7 @@ def _check_trained(images, folds):
                              "training image left, because copies of an image stay together: "
                              "add different images of it.")
 
-# %% ../nbs/03_data.ipynb #cell97
+# %% ../nbs/03_data.ipynb #cell98
 def splits(
     images:ImageSet,
     folds:int = 0,     # 0: as registered; 1: own split or 20 % hold-out; 2 or more: folds
@@ -541,7 +542,7 @@ def splits(
     _check_trained(images, found)
     return found
 
-# %% ../nbs/03_data.ipynb #cell108
+# %% ../nbs/03_data.ipynb #cell109
 def split_validation(
     images:ImageSet,
     train:np.ndarray,   # indices of a fold's training images
@@ -559,7 +560,7 @@ def split_validation(
     fold[np.isin(labels, emptied)] = 1   # all of a class is never reserved
     return train[fold != 0], train[fold == 0]
 
-# %% ../nbs/03_data.ipynb #cell112
+# %% ../nbs/03_data.ipynb #cell113
 def balanced_counts(
     n:int,            # how many in total
     available:list,   # how many there are in each group
@@ -576,7 +577,7 @@ def balanced_counts(
         for k in unfilled[:n - take.sum()]: take[k] += min(each, available[k] - take[k])
     return take
 
-# %% ../nbs/03_data.ipynb #cell114
+# %% ../nbs/03_data.ipynb #cell115
 def _draw_balanced(images, allowed, n, rng):
     "Sorted indices of n allowed images, balanced over the classes."
     members = []
@@ -585,23 +586,25 @@ def _draw_balanced(images, allowed, n, rng):
     counts = balanced_counts(n, [len(m) for m in members])
     return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
 
-# %% ../nbs/03_data.ipynb #cell115
+# %% ../nbs/03_data.ipynb #cell116
 def ood_mixture(
     sets:list,                # the OoD image sets
     n:int,                    # how many images in total
     seed:int = 0,             # of the draw
     taken:list|None = None,   # indices into each set that are not to be drawn
     split:int = -1,           # -1: as registered; k >= 0: another draw
+    most:list|None = None,    # images to be drawn from each set at most
 ) -> list:                    # sorted indices into each set, in the order of `sets`
     "OoD images: the same number from each set, balanced over its classes, none drawn twice."
     taken = taken or [[]] * len(sets)
     allowed = [~np.isin(np.arange(len(images)), indices) for images, indices in zip(sets, taken)]
-    counts = balanced_counts(n, [a.sum() for a in allowed])
+    available = [a.sum() for a in allowed]
+    counts = balanced_counts(n, np.minimum(available, most) if most else available)
     rngs = [np.random.default_rng([seed, k, split + 1]) for k in range(len(sets))]
     return [_draw_balanced(images, allowed[k], counts[k], rngs[k])
             for k, images in enumerate(sets)]
 
-# %% ../nbs/03_data.ipynb #cell121
+# %% ../nbs/03_data.ipynb #cell122
 most_rendered = 2000   # OoD images of a mixture up to which rendered sets grow by default
 
 def mixture_sizes(
@@ -622,7 +625,7 @@ def mixture_sizes(
     shares = [max(1, held * n // sum(wanted)) for n in wanted]
     return [held - sum(shares[1:]), *shares[1:]]
 
-# %% ../nbs/03_data.ipynb #cell124
+# %% ../nbs/03_data.ipynb #cell125
 def enlarged(
     sets:list,   # the OoD image sets
     n:int,       # images that are needed from all of them
@@ -633,13 +636,13 @@ def enlarged(
     return [images.grow(count) if count > len(images) else images
             for images, count in zip(sets, counts)]
 
-# %% ../nbs/03_data.ipynb #cell127
+# %% ../nbs/03_data.ipynb #cell128
 def _ood_entries(ood):
     "The entries of the parameter `ood`: names of sets, folders, class:NAME and classes:N."
     entries = re.split(r"(?<!\\),", ood) if ood else []
     return [entry.strip().replace("\\,", ",") for entry in entries]
 
-# %% ../nbs/03_data.ipynb #cell130
+# %% ../nbs/03_data.ipynb #cell131
 def class_names(
     dataset:str,     # as for `locate`
 ) -> tuple:          # as far as they are known before the images are read
@@ -651,21 +654,21 @@ def class_names(
     holding = parts["train"][0] if {"train", "test"} <= set(parts) else folder
     return tuple(path.name for path in subfolders(holding))
 
-# %% ../nbs/03_data.ipynb #cell132
+# %% ../nbs/03_data.ipynb #cell133
 def _label_of(name, classes):
     "The label of a class. Error: there is no such class."
     if name in classes: return classes.index(name)
     raise ValueError(f"class {name!r} is to be held out, but there is no such class"
                      f"{did_you_mean(name, classes) or '.'} The classes: {', '.join(classes)}.")
 
-# %% ../nbs/03_data.ipynb #cell133
+# %% ../nbs/03_data.ipynb #cell134
 def _number_of_classes(text):
     "The N of classes:N. Error: it is no number of classes."
     if text.strip().isdecimal() and int(text) > 0: return int(text)
     raise ValueError(f"ood 'classes:{text}': a number of classes to hold out is expected, such as "
                      "classes:3; a class is held out by its name as class:NAME.")
 
-# %% ../nbs/03_data.ipynb #cell134
+# %% ../nbs/03_data.ipynb #cell135
 _held_out_prefixes = ("class:", "classes:")
 
 def held_out_classes(
@@ -682,13 +685,18 @@ def held_out_classes(
     if len(set(labels)) < len(labels) or len(numbers) > 1:
         raise ValueError(f"ood {ood!r}: name each class once, and give one number of classes.")
     if (labels or n_drawn) and len(classes) - len(labels) - n_drawn < 2:
-        raise ValueError(f"ood {ood!r} holds out {len(labels) + n_drawn} of {len(classes)} classes, "
-                         "but at least 2 must be left to be told apart.")
+        raise ValueError(f"ood {ood!r} holds out {len(labels) + n_drawn} of {len(classes)} "
+                         "classes, but at least 2 must be left to be told apart.")
     others = [label for label in range(len(classes)) if label not in labels]
     drawn = np.random.default_rng(seed).permutation(others)[:n_drawn]
     return labels + sorted(drawn.tolist())
 
-# %% ../nbs/03_data.ipynb #cell138
+# %% ../nbs/03_data.ipynb #cell139
+def _read_rows(function, rows, indices, size):
+    "The pixels, or the truth, of images that are given by their index in a part."
+    return function(rows[np.asarray(indices)], size)
+
+# %% ../nbs/03_data.ipynb #cell140
 def _part_of_set(images, name, rows, classes, labels):
     "Some images of a set as a set of their own."
     def at(values): return None if values is None else values[rows]
@@ -700,11 +708,7 @@ def _part_of_set(images, name, rows, classes, labels):
         pixels=read(images.pixels), truth=read(images.truth),
         manifest=digest("part", images.manifest, rows, list(classes)))
 
-def _read_rows(function, rows, indices, size):
-    "The pixels, or the truth, of images that are given by their index in a part."
-    return function(rows[np.asarray(indices)], size)
-
-# %% ../nbs/03_data.ipynb #cell139
+# %% ../nbs/03_data.ipynb #cell141
 def hold_out(
     images:ImageSet,
     held_out:list,      # labels of the classes to hold out
@@ -724,7 +728,7 @@ def hold_out(
         parts.append(replace(part, skipped=0))   # unusable files are counted with the set
     return rest, parts
 
-# %% ../nbs/03_data.ipynb #cell142
+# %% ../nbs/03_data.ipynb #cell144
 def _ood_default(dataset):
     "Names of the default OoD sets of a data set, see `ood_names`."
     if dataset in rendered: return [name for name in rendered if name != dataset]
@@ -739,13 +743,13 @@ def _ood_default(dataset):
     if "dtd" in present and "dtd10" in present: present.remove("dtd10")   # a part of dtd
     return present or list(rendered)
 
-# %% ../nbs/03_data.ipynb #cell143
+# %% ../nbs/03_data.ipynb #cell145
 def _same_place(dataset):
     "What two names of the same set have in common: its folder, or the name of a rendered set."
     folder = locate(dataset)
     return str(folder.resolve()) if folder else dataset
 
-# %% ../nbs/03_data.ipynb #cell144
+# %% ../nbs/03_data.ipynb #cell146
 def _locate_all(names, ood):
     "Where each OoD set is. Error: nowhere."
     try: return [_same_place(name) for name in names]
@@ -753,7 +757,7 @@ def _locate_all(names, ood):
         hint = r" (A comma within a name is written \,)" if "," in ood else ""
         raise ValueError(f"{e}{hint}") from None
 
-# %% ../nbs/03_data.ipynb #cell145
+# %% ../nbs/03_data.ipynb #cell147
 def ood_names(
     dataset:str,     # the data set under study
     ood:str = "",    # names or folders, separated by commas; "": the default
@@ -767,7 +771,7 @@ def ood_names(
                          f"name each set once, and not {dataset!r} itself.")
     return names
 
-# %% ../nbs/03_data.ipynb #cell150
+# %% ../nbs/03_data.ipynb #cell152
 def _distinct_names(
     paths:list,   # absolute paths of folders, and names of rendered sets
 ) -> list:
@@ -783,7 +787,7 @@ def _distinct_names(
 
 _columns = ("fold", "images", "train", "evaluated", "ood", "pooled")   # of tables with OoD sets
 
-# %% ../nbs/03_data.ipynb #cell152
+# %% ../nbs/03_data.ipynb #cell154
 def ood_sets(
     images:ImageSet,        # the set under study, or what is left of it
     dataset:str,            # its name or folder, as it was loaded
@@ -811,7 +815,7 @@ def ood_sets(
     if usable or ood: return usable
     return [rendered_set(name, split=split) for name in rendered]
 
-# %% ../nbs/03_data.ipynb #cell155
+# %% ../nbs/03_data.ipynb #cell157
 protocols = ("paper", "holdout")
 
 def n_folds(
@@ -829,7 +833,7 @@ def n_folds(
                          "which each image trains some head: leave folds at 0.")
     return 1
 
-# %% ../nbs/03_data.ipynb #cell157
+# %% ../nbs/03_data.ipynb #cell159
 def protocol_splits(
     images:ImageSet,
     protocol:str = "paper",  # one of `protocols`
@@ -848,7 +852,20 @@ def protocol_splits(
     else: train, validation = split_validation(images, train, seed)
     return [(train, validation)], [(train, evaluate)]
 
-# %% ../nbs/03_data.ipynb #cell158
+# %% ../nbs/03_data.ipynb #cell161
+def _report_share(
+    others:list,      # the OoD image sets
+    n_report:int,     # OoD images of the report
+    n_search:int,     # OoD images of the search
+) -> list:            # how many of each set the report may take
+    "All of a set, or its part of a set that both together use up."
+    n = n_report + n_search
+    sizes = [len(images) for images in others]
+    counts = balanced_counts(n, sizes).tolist()
+    return [-(-size * n_report // n) if count == size else size
+            for size, count in zip(sizes, counts)]
+
+# %% ../nbs/03_data.ipynb #cell163
 def protocol_mixtures(
     others:list,        # the OoD image sets
     search:list,        # (train, evaluation) of each fold, as from `protocol_splits`
@@ -868,11 +885,12 @@ def protocol_mixtures(
     (_, validation), = search
     n_report, n_search = mixture_sizes(others, [len(evaluate), len(validation)], n_ood)
     others = enlarged(others, n_report + n_search)
-    taken = ood_mixture(others, n_report, seed, split=split)
+    most = _report_share(others, n_report, n_search)
+    taken = ood_mixture(others, n_report, seed, split=split, most=most)
     unseen = ood_mixture(others, n_search, seed, taken, split)
     return others, [(train, validation, unseen)], [(train, evaluate, taken)]
 
-# %% ../nbs/03_data.ipynb #cell169
+# %% ../nbs/03_data.ipynb #cell174
 def _contact_sheet(rows, size):
     "Rows of square images side by side on white, uint8 (height, width, 3)."
     sheet = np.full((len(rows) * size, max(map(len, rows)) * size, 3), 255, np.uint8)
@@ -881,7 +899,7 @@ def _contact_sheet(rows, size):
             sheet[y:y + size, x:x + size] = image
     return sheet
 
-# %% ../nbs/03_data.ipynb #cell170
+# %% ../nbs/03_data.ipynb #cell175
 def plot_examples(
     images:ImageSet,
     indices:np.ndarray,    # of the images to choose from

@@ -61,7 +61,7 @@ def _at_least(default, meaning, least):
 # %% ../nbs/22_study.ipynb #cell9
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
-    "ood": Parameter("", 'OoD sets, class:NAME, classes:N, with commas; "": registered sets'),
+    "ood": Parameter("", 'OoD sets, class:NAME, classes:N, by commas; "": registered sets'),
     "n_ood": _at_least(0, "OoD images; 0: as many as evaluation images", 0),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
