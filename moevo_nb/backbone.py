@@ -291,7 +291,7 @@ def _read_file(path):
                          "pickled model, which could run code. Save model.state_dict() with "
                          "torch.save or as safetensors, and give that file.") from None
 
-# %% ../nbs/04_backbone.ipynb #3fa92d94
+# %% ../nbs/04_backbone.ipynb #cell62
 def _state_dicts(content):
     "The dictionaries of tensors at any depth, under today's names."
     if not isinstance(content, dict): return
@@ -301,7 +301,7 @@ def _state_dicts(content):
     if tensors: yield tensors
     for value in content.values(): yield from _state_dicts(value)
 
-# %% ../nbs/04_backbone.ipynb #a4ff9ac3
+# %% ../nbs/04_backbone.ipynb #cell63
 def _prefixes(state, own):
     "What stands before the model's names in a state dict; '', and the shortest first."
     found = {""}
@@ -311,7 +311,7 @@ def _prefixes(state, own):
             if ".".join(parts[k:]) in own: found.add(".".join(parts[:k]) + ".")
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
-# %% ../nbs/04_backbone.ipynb #7f718f22
+# %% ../nbs/04_backbone.ipynb #cell64
 def _best_match(states, own):
     "The state dict, without a prefix, that shares most names with the model; the largest if none."
     states = sorted(states, key=len, reverse=True)
@@ -323,7 +323,7 @@ def _best_match(states, own):
             if len(own.keys() & inner.keys()) > len(own.keys() & best.keys()): best = inner
     return best
 
-# %% ../nbs/04_backbone.ipynb #cell61
+# %% ../nbs/04_backbone.ipynb #cell66
 def _misfits(state, own, unused):
     "The names that do not fit, by the kind of misfit, for a file's state dict and a model's own."
     counters = {name for name in own if name.endswith("num_batches_tracked")}
@@ -334,13 +334,13 @@ def _misfits(state, own, unused):
         "of another shape": {name for name in shared if state[name].shape != own[name].shape},
     }
 
-# %% ../nbs/04_backbone.ipynb #cell62
+# %% ../nbs/04_backbone.ipynb #cell67
 def _listed(names, n=8):
     "The first names in alphabetical order, and a mark if there are more."
     names = sorted(names)
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
-# %% ../nbs/04_backbone.ipynb #cell64
+# %% ../nbs/04_backbone.ipynb #cell69
 def load_weights(
     model:nn.Module,     # changed in place
     path:Path,           # .pth, .pt or .safetensors
@@ -363,18 +363,18 @@ def load_weights(
                          "Give weights of this architecture.")
     model.load_state_dict({**own, **{name: value for name, value in state.items() if name in own}})
 
-# %% ../nbs/04_backbone.ipynb #3f629ca6
+# %% ../nbs/04_backbone.ipynb #cell77
 def _arrays_digest(arrays):
     "What identifies arrays by their names and content."
     return digest(*[part for name in sorted(arrays) for part in (name, arrays[name])])
 
-# %% ../nbs/04_backbone.ipynb #de65e81b
+# %% ../nbs/04_backbone.ipynb #cell78
 def _write_arrays(file, arrays):
     "Write arrays and their digest to a cache file, completely or not at all."
     content = save(arrays, metadata={"sha256": _arrays_digest(arrays)})
     with atomic_path(file) as partial: partial.write_bytes(content)
 
-# %% ../nbs/04_backbone.ipynb #1626c5ec
+# %% ../nbs/04_backbone.ipynb #cell79
 def _read_arrays(file):
     "The arrays in a cache file, or None if there is no such file or it is damaged."
     try:
@@ -385,7 +385,7 @@ def _read_arrays(file):
     except (FileNotFoundError, SafetensorError, KeyError, TypeError): return None
     return arrays if _arrays_digest(arrays) == expected else None
 
-# %% ../nbs/04_backbone.ipynb #4ca18a81
+# %% ../nbs/04_backbone.ipynb #cell82
 def _kept(file, compute):
     "The arrays in a cache file; a missing or damaged one is computed and written."
     arrays = _read_arrays(file)
@@ -399,14 +399,14 @@ def _kept(file, compute):
         _write_arrays(file, arrays)
     return arrays
 
-# %% ../nbs/04_backbone.ipynb #62e992d1
+# %% ../nbs/04_backbone.ipynb #cell85
 def _cache_path(folder, *parts):
     "A path in a folder of the cache from parts that may hold any characters; the last is a digest."
     *names, key = parts
     stem = "-".join(re.sub(r"[^\w.]+", "-", str(name))[:20] for name in names)
     return cache_folder() / folder / f"{stem}-{key[:16]}.safetensors"
 
-# %% ../nbs/04_backbone.ipynb #c1d69b39
+# %% ../nbs/04_backbone.ipynb #cell88
 def _scaled(pixels, mean, std):
     "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
     x = pixels.permute(0, 3, 1, 2).float()   # stays channels-last in memory
@@ -414,7 +414,7 @@ def _scaled(pixels, mean, std):
     std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
     return torch.addcmul(-mean / std, x, 1 / (255 * std))
 
-# %% ../nbs/04_backbone.ipynb #7722645c
+# %% ../nbs/04_backbone.ipynb #cell90
 class _PixelsToFeatures(nn.Module):
     "What is exported: uint8 (1, size, size, 3) -> features and maps."
     def __init__(self, model, mean, std):
@@ -426,7 +426,7 @@ class _PixelsToFeatures(nn.Module):
         maps = self.model.features(_scaled(pixels, *self.scaling))
         return maps.mean((2, 3)), maps
 
-# %% ../nbs/04_backbone.ipynb #824da78a
+# %% ../nbs/04_backbone.ipynb #cell91
 def export_onnx(
     model:PooledBackbone,   # in evaluation mode, on the CPU
     mean:tuple,             # of each channel, for pixels in [0, 1]
@@ -444,7 +444,7 @@ def export_onnx(
                           input_names=["pixels"], output_names=["features", "maps"])
     return content.getvalue()
 
-# %% ../nbs/04_backbone.ipynb #9ed1b01a
+# %% ../nbs/04_backbone.ipynb #cell92
 class OnnxBackbone:
     "An exported network on one thread: pixels, uint8 (n, size, size, 3) -> features, or maps."
     def __init__(
@@ -461,7 +461,7 @@ class OnnxBackbone:
         found = [self.session.run([output], {"pixels": image})[0] for image in images]
         return np.concatenate(found)
 
-# %% ../nbs/04_backbone.ipynb #1894f340
+# %% ../nbs/04_backbone.ipynb #cell96
 @dataclass(frozen=True)
 class Engine:
     "What runs a backbone on images of one size."
@@ -469,7 +469,7 @@ class Engine:
     reason:str = ""         # why torch runs it; "": ONNX Runtime does
     file:Path|None = None   # the exported network in the cache; None: torch runs it
 
-# %% ../nbs/04_backbone.ipynb #cell70
+# %% ../nbs/04_backbone.ipynb #cell97
 @dataclass(frozen=True)
 class Backbone:
     "A frozen network: pixels, uint8 (n, size, size, 3) -> features, float32 (n, n_features)."
@@ -510,14 +510,14 @@ class Backbone:
         exported = _exported_network(self, pixels.shape[1])
         return exported(pixels, "maps") if exported else self.eager(pixels, maps=True)
 
-# %% ../nbs/04_backbone.ipynb #295df157
+# %% ../nbs/04_backbone.ipynb #cell99
 def _takes(backbone, size):
     "Whether an image of a size can pass the network."
     try: backbone.model(backbone.preprocess(np.zeros((1, size, size, 3), np.uint8)))
     except Exception: return False   # a network may raise anything
     return True
 
-# %% ../nbs/04_backbone.ipynb #bb5c44aa
+# %% ../nbs/04_backbone.ipynb #cell100
 def _check_size(backbone, size):
     "Error: the network cannot take images of this size; it names the next size that it can take."
     if _takes(backbone, size): return
@@ -526,7 +526,7 @@ def _check_size(backbone, size):
     raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels: "
                      f"give image_size {least}" + (" or more." if least > size else "."))
 
-# %% ../nbs/04_backbone.ipynb #c6d49d0d
+# %% ../nbs/04_backbone.ipynb #cell102
 def _try_export(backbone, size):
     "The arrays of the cache file: the exported network, or the reason why torch has to run it."
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -543,7 +543,7 @@ def _try_export(backbone, size):
     parts = {"onnx": content, "reason": reason.encode()}
     return {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
 
-# %% ../nbs/04_backbone.ipynb #2b33e9da
+# %% ../nbs/04_backbone.ipynb #cell103
 def _engine(
     known:tuple,     # name, weights_hash, mean and std of a backbone
     device:str,
@@ -560,7 +560,7 @@ def _engine(
     if reason: return Engine(torch_name, reason)
     return Engine(f"onnxruntime {onnxruntime.__version__}", file=file)
 
-# %% ../nbs/04_backbone.ipynb #be005d01
+# %% ../nbs/04_backbone.ipynb #cell104
 @lru_cache(maxsize=1)
 def load_exported(
     file:Path,          # as an `Engine` names it
@@ -568,14 +568,14 @@ def load_exported(
     "The exported network in a cache file, ready to run."
     return OnnxBackbone(_read_arrays(file)["onnx"].tobytes())
 
-# %% ../nbs/04_backbone.ipynb #b11f97ce
+# %% ../nbs/04_backbone.ipynb #cell105
 @lru_cache(maxsize=2)
 def _exported_network(backbone, size):
     "What ONNX Runtime runs for a backbone; None where torch has to."
     file = backbone.engine(size).file
     return load_exported(file) if file else None
 
-# %% ../nbs/04_backbone.ipynb #cell73
+# %% ../nbs/04_backbone.ipynb #cell111
 @lru_cache(maxsize=1)
 def load_backbone(
     name:str = "efficientnet_lite0",   # a key of `backbones`, torchvision:NAME or timm:NAME
@@ -591,7 +591,7 @@ def load_backbone(
     return Backbone(name, model, model.n_features, row["mean"], row["std"],
                     weights_hash(name, weights), device, cam_layer=model.layer)
 
-# %% ../nbs/04_backbone.ipynb #20d2ee45
+# %% ../nbs/04_backbone.ipynb #cell115
 def backbone_engine(
     name:str = "efficientnet_lite0",   # as for `load_backbone`
     weights:str = "",                  # as for `load_backbone`
@@ -603,7 +603,7 @@ def backbone_engine(
     known = name, weights_hash(name, weights), row["mean"], row["std"]
     return _engine(known, device, size, lambda: load_backbone(name, weights, device))
 
-# %% ../nbs/04_backbone.ipynb #cell84
+# %% ../nbs/04_backbone.ipynb #cell125
 _chunk_size = 16   # images of one task
 
 def _extract_chunk(source, file, pixels, indices, size, maps):
@@ -613,7 +613,7 @@ def _extract_chunk(source, file, pixels, indices, size, maps):
     torch.set_num_threads(1)
     return load_backbone(*source).eager(images, maps)
 
-# %% ../nbs/04_backbone.ipynb #cell85
+# %% ../nbs/04_backbone.ipynb #cell126
 def extract(
     images:ImageSet,
     indices:np.ndarray,              # which of its images, at least one, (n_images,)
@@ -636,7 +636,7 @@ def extract(
         if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
     return out
 
-# %% ../nbs/04_backbone.ipynb #cell93
+# %% ../nbs/04_backbone.ipynb #cell130
 def _features_file(images, name, weights, size, device, indices, maps):
     "The cache file of the features, or of the maps, of some images of a set."
     row = backbone_spec(name)
@@ -647,7 +647,7 @@ def _features_file(images, name, weights, size, device, indices, maps):
                  library.__version__, torch.__version__, engine.name)
     return _cache_path("features", images.name, name, "maps" if maps else "features", key)
 
-# %% ../nbs/04_backbone.ipynb #cell95
+# %% ../nbs/04_backbone.ipynb #cell132
 def cached_features(
     images:ImageSet,
     name:str = "efficientnet_lite0",   # backbone, as for `load_backbone`
@@ -662,6 +662,10 @@ def cached_features(
     "The features, or the maps, of a set's images, from the cache if they were computed before."
     everything = np.arange(len(images))
     indices = everything if indices is None else np.asarray(indices)
+    if images.part_of:   # the features of the whole set are shared by all its parts
+        whole, rows = images.part_of
+        return cached_features(whole, name, weights, size, n_jobs, device, rows[indices], maps,
+                               progress)
     wanted = indices if maps else everything
     size = size or images.image_size
     def compute():

@@ -7,7 +7,7 @@ __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'rand
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
            'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'measure_baselines', 'plot_baseline']
 
-# %% ../nbs/16_baselines.ipynb #ae848157
+# %% ../nbs/16_baselines.ipynb #ddd5cd29
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from .pareto import objectives
 from .store import Store
 from .system import did_you_mean, one_thread
 
-# %% ../nbs/16_baselines.ipynb #33a29025
+# %% ../nbs/16_baselines.ipynb #8e5fc82a
 @dataclass(frozen=True)
 class TrainingFold:
     "The training images of one fold, and how heads are trained on them."
@@ -51,7 +51,7 @@ class TrainingFold:
     @cached_property
     def unpruned(self): return self.fit(np.ones(self.n_neurons, bool))
 
-# %% ../nbs/16_baselines.ipynb #428faf86
+# %% ../nbs/16_baselines.ipynb #4e1f437f
 def training_folds(
     problem:Problem,
 ) -> list:            # a `TrainingFold` for each fold
@@ -60,7 +60,7 @@ def training_folds(
     return [TrainingFold(p.features[train], p.labels[train], p.n_classes, p.training, p.encoding,
                          p.seed, number) for number, (train, _) in enumerate(p.folds)]
 
-# %% ../nbs/16_baselines.ipynb #53cb7afb
+# %% ../nbs/16_baselines.ipynb #f5fbddc5
 def largest_masks(
     scores:np.ndarray,   # of each fold's neurons, (n_folds, n_neurons)
     fractions:list,      # active fractions, each in [0, 1]
@@ -73,21 +73,21 @@ def largest_masks(
     sizes = np.array([round(fraction * scores.shape[1]) for fraction in fractions])
     return rank < sizes[:, None, None]
 
-# %% ../nbs/16_baselines.ipynb #9464e3c1
+# %% ../nbs/16_baselines.ipynb #eeb16d73
 def random_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Random numbers."
     return np.random.default_rng([fold.seed, fold.number, 3]).random(fold.n_neurons)
 
-# %% ../nbs/16_baselines.ipynb #4f09fc54
+# %% ../nbs/16_baselines.ipynb #c481a2f0
 def magnitude_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Norms of the weights in the unpruned head."
     return find_encoding(fold.encoding).magnitudes(fold.unpruned.weights)
 
-# %% ../nbs/16_baselines.ipynb #7cf52a95
+# %% ../nbs/16_baselines.ipynb #5bdd4c61
 def magnitude_masks(
     heads:list,                  # trained without a mask, one a fold
     fractions:list,              # active fractions, each in [0, 1]
@@ -97,7 +97,7 @@ def magnitude_masks(
     kind = find_encoding(encoding)
     return largest_masks([kind.magnitudes(head.weights) for head in heads], fractions)
 
-# %% ../nbs/16_baselines.ipynb #e0d2ded1
+# %% ../nbs/16_baselines.ipynb #c65f3f85
 def _masked_layers(fold, baseline):
     "The layers that a mask covers, 0 the inputs. Error: it covers single weights."
     kind = find_encoding(fold.encoding)
@@ -106,14 +106,14 @@ def _masked_layers(fold, baseline):
                          "weights: use another encoding, such as 'features' or 'units'.")
     return kind.masked
 
-# %% ../nbs/16_baselines.ipynb #217525b2
+# %% ../nbs/16_baselines.ipynb #a893448e
 def _signals(head, features):
     "The inputs of each layer of an unpruned head: features, and activations of hidden units."
     signals = [features]
     for w in head.weights[:-1]: signals.append(np.maximum(signals[-1] @ w, 0))
     return signals
 
-# %% ../nbs/16_baselines.ipynb #2b3b0952
+# %% ../nbs/16_baselines.ipynb #9cc71daf
 def taylor_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
@@ -129,7 +129,7 @@ def taylor_scores(
         grad = grad * (signal > 0)
     return np.concatenate([scores[layer] for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #17491bec
+# %% ../nbs/16_baselines.ipynb #10b3ecda
 def elimination_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,), distinct
@@ -148,14 +148,14 @@ def elimination_scores(
     scores[mask] = fold.n_neurons - 1
     return scores
 
-# %% ../nbs/16_baselines.ipynb #6f253aad
+# %% ../nbs/16_baselines.ipynb #e67aa95b
 def _filter_scores(fold, baseline, score):
     "Scores of the neurons that a mask covers, by their values on the training images."
     layers = _masked_layers(fold, baseline)
     signals = _signals(fold.unpruned, fold.features) if max(layers) else [fold.features]
     return np.concatenate([score(signals[layer]) for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #bf96bf43
+# %% ../nbs/16_baselines.ipynb #b6e35571
 def anova_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,); 0 for a neuron of constant value
@@ -167,7 +167,7 @@ def anova_scores(
         return found
     return _filter_scores(fold, "the analysis of variance", score)
 
-# %% ../nbs/16_baselines.ipynb #fa3f3d84
+# %% ../nbs/16_baselines.ipynb #60dfd2b3
 def information_scores(
     fold:TrainingFold,
     n_bins:int = 10,     # of equally many images
@@ -179,7 +179,7 @@ def information_scores(
         return mutual_info_classif(np.transpose(bins), fold.labels, discrete_features=True)
     return _filter_scores(fold, "mutual information", score)
 
-# %% ../nbs/16_baselines.ipynb #6b5aacbb
+# %% ../nbs/16_baselines.ipynb #423fd355
 class _ShrinkingLayer(PrimalLayer):
     "A first layer whose groups of weights are shortened after each step."
     def __init__(self, x, weights, axis):
@@ -194,7 +194,7 @@ class _ShrinkingLayer(PrimalLayer):
         norms = np.maximum(self.norms(), np.finfo(np.float32).tiny)
         self.w *= np.maximum(1 - np.float32(rate * self.penalty) / norms, 0)
 
-# %% ../nbs/16_baselines.ipynb #c89ec141
+# %% ../nbs/16_baselines.ipynb #0bdd71d2
 def _trained_layers(fold, make_first, baseline):
     "The layers of the unpruned head, to be trained on. Error: it has two hidden ones."
     if find_encoding(fold.encoding).n_layers > 1:
@@ -205,7 +205,7 @@ def _trained_layers(fold, make_first, baseline):
     last.w[-1] = fold.unpruned.bias
     return [make_first(np.ascontiguousarray(fold.features), hidden), last]
 
-# %% ../nbs/16_baselines.ipynb #325e639d
+# %% ../nbs/16_baselines.ipynb #d59f9b4d
 def lasso_scores(
     fold:TrainingFold,
     growth:float = 1.1,    # of the penalty, each epoch
@@ -225,7 +225,7 @@ def lasso_scores(
         first.penalty *= growth
     return scores
 
-# %% ../nbs/16_baselines.ipynb #591a64d3
+# %% ../nbs/16_baselines.ipynb #7dccb753
 def _keep_largest(weights, fraction, pruned):
     "Which weights, units or features have the largest hidden weights; the same for each weight."
     norms = {"weights": abs(weights).ravel(), "units": np.linalg.norm(weights, axis=0),
@@ -234,7 +234,7 @@ def _keep_largest(weights, fraction, pruned):
     mask = largest_masks(norms[None], [fraction])[0, 0]
     return mask, np.broadcast_to(mask.reshape(shape), weights.shape)
 
-# %% ../nbs/16_baselines.ipynb #038c4c8d
+# %% ../nbs/16_baselines.ipynb #bd9df064
 def post_hoc_heads(
     fold:TrainingFold,
     fractions:list,              # active fractions, each in [0, 1]
@@ -249,7 +249,7 @@ def post_hoc_heads(
         heads.append((mask, replace(fold.unpruned, weights=[hidden * kept, output])))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #1eb0cf71
+# %% ../nbs/16_baselines.ipynb #22075da7
 def polynomial_fraction(
     passed:float,     # of the schedule, in [0, 1]
     final:float,      # active fraction at its end
@@ -259,7 +259,7 @@ def polynomial_fraction(
     start = max(start, final)
     return final + (start - final) * (1 - passed)**3
 
-# %% ../nbs/16_baselines.ipynb #c1b66006
+# %% ../nbs/16_baselines.ipynb #d1ff0bc3
 def gradual_heads(
     fold:TrainingFold,
     fractions:list,            # active fractions, each in [0, 1]
@@ -281,14 +281,14 @@ def gradual_heads(
         heads.append((mask, replace(fold.unpruned, weights=weights, bias=bias)))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #ae14a642
+# %% ../nbs/16_baselines.ipynb #d4477e4f
 @dataclass(frozen=True)
 class Baseline:
     "A way of pruning without search."
     scores:Callable|None = None   # fold -> scores of neurons; heads are trained again
     heads:Callable|None = None    # (fold, fractions) -> (mask, head) for each fraction
 
-# %% ../nbs/16_baselines.ipynb #b7cb729f
+# %% ../nbs/16_baselines.ipynb #c3f2bfdc
 baselines = {
     "random": Baseline(random_scores),
     "largest weights": Baseline(magnitude_scores),
@@ -304,7 +304,7 @@ baselines = {
     "weights, polynomial": Baseline(heads=partial(gradual_heads, pruned="weights")),
 }
 
-# %% ../nbs/16_baselines.ipynb #ea3465c9
+# %% ../nbs/16_baselines.ipynb #70dc83b0
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -313,7 +313,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #f882f36e
+# %% ../nbs/16_baselines.ipynb #17b9d446
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -339,7 +339,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #5d56c34f
+# %% ../nbs/16_baselines.ipynb #e99e392a
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen

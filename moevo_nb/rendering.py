@@ -344,14 +344,16 @@ render_version = 1
 
 # %% ../nbs/01_rendering.ipynb #cell70
 def render(
-    name:str,     # a key of `rendered`
-    label:int,    # index of the class
-    number:int,   # index of the image within its class
-    size:int,     # width of the image, pixels
-) -> tuple:       # uint8 (size, size, 3); ground truth, bool (size, size), or None
+    name:str,          # a key of `rendered`
+    label:int,         # index of the class
+    number:int,        # index of the image within its class, without an upper limit
+    size:int,          # width of the image, pixels
+    split:int = -1,    # -1: the registered images; k >= 0: other images of the same classes
+) -> tuple:            # uint8 (size, size, 3); ground truth, bool (size, size), or None
     "Render one image and its ground truth, the same for the same arguments."
     spec = rendered[name]
-    rng = np.random.default_rng([list(rendered).index(name), label, number])
+    index = list(rendered).index(name)
+    rng = np.random.default_rng([index, label, number, split + 1])   # NumPy ignores a last 0
     image, truth = spec["draw"](rng, spec["classes"][label], 3 * size // 2)
     if truth is not None:
         truth = np.asarray(truth.resize((size, size), Image.Resampling.BOX)) > 127

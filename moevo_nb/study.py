@@ -33,16 +33,17 @@ import moevo_nb
 
 from .backbone import cached_features, weights_file
 from .data import (
-    ImageSet, load, locate, n_folds, ood_names, ood_sets, protocol_splits, protocols)
+    ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
+    ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
 from .encoding import encodings
 from .evaluation import Problem, connect_dask
-from .evolution import algorithms, graceful_interrupt
+from .evolution import algorithms
 from .head import presets
 from .pareto import hypervolume
 from .robustness import detectors
 from .system import (
     atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, explained,
-    file_digest, file_lock, versions, write_text)
+    file_digest, file_lock, graceful_interrupt, versions, write_text)
 
 # %% ../nbs/22_study.ipynb #cell6
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def _at_least(default, meaning, least):
 # %% ../nbs/22_study.ipynb #cell9
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
-    "ood": Parameter("", 'OoD sets, comma-separated; "": registered ones under MOEVO_DATA'),
+    "ood": Parameter("", 'OoD sets, class:NAME, classes:N, by commas; "": registered sets'),
+    "n_ood": _at_least(0, "OoD images; 0: as many as evaluation images", 0),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
     "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
@@ -77,6 +79,7 @@ parameters = {
     "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
+    "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
     "preset": _one_of("quick", "training in the search: quick or paper", *presets),
     "report_preset": _one_of(
         "paper", "training of the front that is reported: paper or quick", *presets),
@@ -101,13 +104,13 @@ parameters = {
     "out_dir": Parameter("", 'folder for the results; "": runs/<dataset>'),
 }
 
-# %% ../nbs/22_study.ipynb #1c0f8c14
+# %% ../nbs/22_study.ipynb #cell12
 def _type_hint(name, kind):
     "How the shell passes a value of a type, for `parameter_errors`."
     if kind is str: return f"; from the shell, -r {name} VALUE passes any text as it stands"
     return "; write True or False" if kind is bool else ""
 
-# %% ../nbs/22_study.ipynb #cell12
+# %% ../nbs/22_study.ipynb #cell13
 def parameter_errors(
     given:dict,   # parameter names and values
 ) -> list:        # a sentence for each error
@@ -127,14 +130,14 @@ def parameter_errors(
             found.append(f"{name} = {value!r}: {parameter.expected} expected ({meaning})")
     return found
 
-# %% ../nbs/22_study.ipynb #114cdac1
+# %% ../nbs/22_study.ipynb #cell17
 def _least_memory(p):
     "Bytes that extracting features takes at least, over all processes."
     processes = (p.n_jobs or joblib.cpu_count()) if p.device == "cpu" else 1
     each = 64 * 16 * p.image_size**2
     return processes * each + p.n_jobs * 200e6
 
-# %% ../nbs/22_study.ipynb #7ea9c83a
+# %% ../nbs/22_study.ipynb #cell18
 def _check_memory(p):
     "Error: the images at this size, in so many processes, cannot fit into memory."
     needed, available = _least_memory(p), psutil.virtual_memory().available
@@ -143,13 +146,14 @@ def _check_memory(p):
                          f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
                          "available: ask for smaller images or fewer processes.")
 
-# %% ../nbs/22_study.ipynb #cell14
+# %% ../nbs/22_study.ipynb #cell19
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
-    n_folds(p.protocol, p.folds)
+    n_folds(p.protocol, p.folds, p.split)
     _check_memory(p)
     locate(p.dataset)
     ood_names(p.dataset, p.ood)
+    if classes := class_names(p.dataset): held_out_classes(classes, p.ood, p.seed)
     weights_file(p.backbone, p.weights)
     mps = torch.backends.mps.is_available()
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=mps)
@@ -160,7 +164,7 @@ def _check_availability(p):
                          f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell15
+# %% ../nbs/22_study.ipynb #cell20
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
@@ -173,7 +177,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #00c6a700
+# %% ../nbs/22_study.ipynb #cell22
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -187,7 +191,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #1ae34e19
+# %% ../nbs/22_study.ipynb #cell23
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -196,7 +200,7 @@ def _last_assigned(inputs):
         elif names: break
     return names
 
-# %% ../nbs/22_study.ipynb #cell16
+# %% ../nbs/22_study.ipynb #cell25
 def given_parameters(
     namespace:dict,       # a notebook's `globals()`
     known = parameters,   # names of its parameters
@@ -209,7 +213,7 @@ def given_parameters(
     return {name: value for name, value in plain.items()
             if name in known or not assigned or name in assigned}
 
-# %% ../nbs/22_study.ipynb #cell20
+# %% ../nbs/22_study.ipynb #cell30
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     names:str,          # of its parameters, separated by spaces
@@ -222,7 +226,7 @@ def collect_parameters(
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell33
 def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
@@ -230,7 +234,7 @@ def course_settings(
     others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
-# %% ../nbs/22_study.ipynb #cell26
+# %% ../nbs/22_study.ipynb #cell36
 def package_commit(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> str|None:
@@ -246,7 +250,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #2a0ba3b8
+# %% ../nbs/22_study.ipynb #cell38
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -259,7 +263,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #1e609fb2
+# %% ../nbs/22_study.ipynb #cell41
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -267,7 +271,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #0688c96f
+# %% ../nbs/22_study.ipynb #cell42
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -276,14 +280,14 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #7a93a2bb
+# %% ../nbs/22_study.ipynb #cell43
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
     if not _holds_another(folder, dataset): return folder
     return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
-# %% ../nbs/22_study.ipynb #cell27
+# %% ../nbs/22_study.ipynb #cell44
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
@@ -306,13 +310,13 @@ def results_folder(
     check_cache()
     return folder
 
-# %% ../nbs/22_study.ipynb #cell28
+# %% ../nbs/22_study.ipynb #cell46
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
                       "neurons", "cams", "pointing", "ensembles")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell29
+# %% ../nbs/22_study.ipynb #cell47
 _holders = {}   # folder -> the run of this process that holds it
 
 class _HeldFolder:
@@ -335,7 +339,7 @@ class _HeldFolder:
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #9158d1d2
+# %% ../nbs/22_study.ipynb #cell51
 class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
@@ -422,7 +426,7 @@ class Run(_HeldFolder):
         with self.writing("result.json") as path: write_text(path, text)
         self.release()
 
-# %% ../nbs/22_study.ipynb #cell30
+# %% ../nbs/22_study.ipynb #cell52
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
@@ -438,7 +442,7 @@ def as_json(
     if isinstance(value, list): return [as_json(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
-# %% ../nbs/22_study.ipynb #cell38
+# %% ../nbs/22_study.ipynb #cell65
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -466,7 +470,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell41
+# %% ../nbs/22_study.ipynb #cell68
 class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
@@ -492,7 +496,7 @@ class SearchProgress(Progress):
         volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
-# %% ../nbs/22_study.ipynb #cell44
+# %% ../nbs/22_study.ipynb #cell71
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -512,12 +516,22 @@ class StudyImages:
         rows = []
         for part, splits in parts.items():
             for fold, (train, own, mixture) in enumerate(splits):
-                counts = dict(fold=fold, images=part, train=len(train), evaluated=len(own))
+                counts = dict(fold=fold, images=part, train=len(train), evaluated=len(own),
+                              ood=sum(map(len, mixture)))
                 rows.append(counts | self._ood_counts(mixture))
         return pd.DataFrame(rows).set_index(["fold", "images"])
 
     def _ood_counts(self, mixture):
         return {images.name: len(drawn) for images, drawn in zip(self.ood_sets, mixture)}
+
+    def notes(self):
+        "What a reader should know of the images, a sentence each."
+        found = [f"{self.images.name}: {class_counts(self.images)}"]
+        for (fold, part), row in self.table().iterrows():
+            if row.ood != row.evaluated:
+                found.append(f"fold {fold}, {part}: {row.ood} OoD images for "
+                             f"{row.evaluated} evaluated images")
+        return found
 
     def about(self):
         "What a result says of its images."
@@ -525,20 +539,22 @@ class StudyImages:
         images = dict(
             total=len(self.images), classes=len(self.images.classes), image_size=self.image_size,
             evaluation=[len(own) for _, own, _ in self.report_splits], skipped=self.images.skipped,
-            ood_skipped=sum(images.skipped for images in self.ood_sets))
+            ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
         return dict(ood=ood, images=images)
 
-# %% ../nbs/22_study.ipynb #cell45
+# %% ../nbs/22_study.ipynb #cell72
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
     "The images of a study. Errors: all that is wrong with them."
-    images = load(p.dataset, p.on_bad)
-    others = ood_sets(images, p.dataset, p.ood, p.on_bad)
-    splits = protocol_splits(images, others, p.protocol, p.folds, p.seed)
+    images = load(p.dataset, p.on_bad, split=p.split)
+    images, near = hold_out(images, held_out_classes(images.classes, p.ood, p.seed))
+    others = near + ood_sets(images, p.dataset, p.ood, p.on_bad, p.split)
+    splits = protocol_splits(images, p.protocol, p.folds, p.seed, p.split)
+    others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #c5181c42
+# %% ../nbs/22_study.ipynb #cell77
 def class_table(
     images:ImageSet,
     most:int = 20,     # classes with a row of their own
@@ -551,7 +567,7 @@ def class_table(
     table.loc[f"and {len(rest)} more classes"] = rest.images.sum()
     return table.iloc[[*range(most), -1]]
 
-# %% ../nbs/22_study.ipynb #cell48
+# %% ../nbs/22_study.ipynb #cell80
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -568,7 +584,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell49
+# %% ../nbs/22_study.ipynb #cell81
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -576,7 +592,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell50
+# %% ../nbs/22_study.ipynb #cell82
 def load_problems(
     p:SimpleNamespace,               # the parameters
     study:StudyImages|None = None,   # its images, if they are loaded already
@@ -601,7 +617,7 @@ def load_problems(
         selection=problem(study.search_splits, presets[p.report_preset]),
         report=problem(study.report_splits, presets[p.report_preset]))
 
-# %% ../nbs/22_study.ipynb #cell53
+# %% ../nbs/22_study.ipynb #cell86
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -616,7 +632,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell56
+# %% ../nbs/22_study.ipynb #cell89
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -627,7 +643,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell57
+# %% ../nbs/22_study.ipynb #cell90
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -643,7 +659,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell60
+# %% ../nbs/22_study.ipynb #cell93
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
     "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
     "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),

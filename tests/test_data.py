@@ -4,17 +4,23 @@ import hashlib
 import http.server
 import io
 import shutil
+import struct
 import tarfile
 import threading
+import tracemalloc
 import zipfile
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moevo_nb import registry
-from moevo_nb.data import folder_set, ood_sets, load, locate, ood_mixture, ood_names, splits
+from moevo_nb.data import (
+    ImageSet, as_rgb, folder_set, hold_out, load, locate, ood_mixture, ood_names, ood_sets, protocol_mixtures, protocol_splits, splits)
 from moevo_nb.registry import class_files, download, fetch, unpack
+from moevo_nb.study import load_images, make_parameters
 from moevo_nb.system import import_torchvision
 
 
@@ -199,7 +205,7 @@ def test_a_set_that_cannot_be_fetched_says_where_it_is(home):
 
 def test_every_entry_of_the_registry_is_complete():
     for name, row in registry.registered.items():
-        assert set(row) == {"classes", "images", "image_size", "folds", "near", "citation", "licence", "source"}, name
+        assert set(row) - {"keeps_split"} == {"classes", "images", "image_size", "folds", "near", "citation", "licence", "source"}, name
         assert row["folds"] in (0, 5) and (isinstance(row["images"], int) or row["folds"] == 0)
     assert {n for n, row in registry.registered.items() if row["folds"]} >= {"leaves", "srsmas"}
 
@@ -303,3 +309,241 @@ def test_a_file_that_is_shorter_than_announced_is_not_kept(server, tmp_path):
     (folder / "cut.bin").write_bytes(bytes(1000))
     with pytest.raises(ValueError, match="50 bytes.* 1000 bytes"): download(f"{url}/cut.bin", tmp_path / "file")
     assert not (tmp_path / "file").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_parts_of_a_split_are_known_by_other_names(tmp_path):
+    fill(tmp_path / "X" / "Training", "ab", 6)
+    fill(tmp_path / "X" / "TEST", "ab", 2, first=50)
+    fill(tmp_path / "X" / "valid", "ab", 3, first=70)
+    images = folder_set(tmp_path / "X")
+    assert images.classes == ("a", "b") and images.test.sum() == 4 and images.validation.sum() == 6
+    (train, validation), = protocol_splits(images, "holdout")[0]
+    assert len(train) == 12 and (validation == np.flatnonzero(images.validation)).all()
+    (train, evaluated), = protocol_splits(images)[0]
+    assert len(train) == 18 and (evaluated == np.flatnonzero(images.test)).all()
+
+
+@pytest.mark.parametrize("layout, said", [
+    (["train", "test"], "the parts of a split hold class folders, but here they hold images"),
+    (["set/Train/a", "set/Test/a"], r"set: it holds folders only \(Test, Train\)"),
+    (["a/left", "b/left"], r"a: it holds folders only \(left\)"),
+    (["train/a", "train/b", "val/a", "val/b"], "train, val: this folder needs its counterpart.*rename it to test"),
+    (["train/a", "train/b", "test/a", "test/b", "more/a"], "more: it holds images beside train, test"),
+    (["train/a", "Training/a", "test/a"], "each is the train part of the split"),
+    (["train/a/old", "train/b", "test/a", "test/b"], r"train/a: it holds folders only \(old\)")])
+def test_a_layout_that_can_be_misread_is_refused(tmp_path, layout, said):
+    for k, place in enumerate(layout): fill(tmp_path, [place], 6, first=100 * k)
+    for on_bad in ("error", "skip"):
+        with pytest.raises(ValueError, match=said): folder_set(tmp_path, on_bad=on_bad)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, ["bus", "train"], 5)
+    assert folder_set(tmp_path).classes == ("bus", "train") and folder_set(tmp_path).test is None
+
+
+def test_hidden_and_system_folders_below_a_class_hold_no_images(tmp_path):
+    fill(tmp_path, "ab", 5)
+    for name in (".thumbnails", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "deeper/.cache"): fill(tmp_path / "a", [name], 2, first=500)
+    assert len(folder_set(tmp_path)) == 10
+
+
+def test_links_are_followed_and_dangling_ones_reported(tmp_path):
+    fill(tmp_path / "X", "ab", 5)
+    fill(tmp_path / "elsewhere", "c", 3, first=500)
+    a = tmp_path / "X" / "a"
+    (a / "more").symlink_to(tmp_path / "elsewhere" / "c")
+    (a / "one.jpg").symlink_to(tmp_path / "elsewhere" / "c" / "0.jpg")
+    (a / "round").symlink_to(a)
+    (tmp_path / "elsewhere" / "c" / "up").symlink_to(tmp_path / "X")
+    with pytest.raises(ValueError, match="of another class"): folder_set(tmp_path / "X")      # up leads to b, too
+    (tmp_path / "elsewhere" / "c" / "up").unlink()
+    assert np.bincount(folder_set(tmp_path / "X").labels).tolist() == [9, 5]
+    (a / "gone.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(ValueError, match="a/gone.jpg: a link that leads nowhere"): folder_set(tmp_path / "X")
+    assert folder_set(tmp_path / "X", on_bad="skip").skipped == 1
+
+
+def png_of(values, bits=None):
+    "A grey PNG of 16 bits, with the sBIT chunk if `bits` is given."
+    out = io.BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(out, "PNG")
+    data = out.getvalue()
+    if bits is None: return data
+    chunk = b"sBIT" + bytes([bits])
+    return data[:33] + (1).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[33:]
+
+
+def test_few_bits_in_sixteen_are_scaled_by_what_the_file_says(tmp_path):
+    from moevo_nb.data import read_image
+    values = np.linspace(0, 1020, 256).reshape(16, 16).round()
+    path = tmp_path / "1.png"
+    for content in (png_of(values, 10), png_of(64 * values, 10), png_of(64 * values)):        # as they are, and scaled as PNG demands
+        path.write_bytes(content)
+        np.testing.assert_array_equal(read_image(path, 16)[..., 0], values.astype(int) >> 2)
+    fill(tmp_path / "X", "ab", 5)
+    (tmp_path / "X" / "a" / "dark.png").write_bytes(png_of(values))
+    with pytest.raises(ValueError, match="dark.png: ValueError: its 16-bit samples reach 1020 only"): folder_set(tmp_path / "X")
+    path.write_bytes(png_of(0 * values))
+    assert read_image(path, 16).max() == 0                                    # black is black in any scale
+
+
+def test_twelve_bits_of_a_tiff_are_its_range(tmp_path):
+    from moevo_nb.data import read_image
+    tags = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    pixels = (0xABC << 12 | 0x123).to_bytes(3, "big")
+    (tmp_path / "1.tif").write_bytes(b"II*\0" + struct.pack("<I", 12) + pixels + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4))
+    with Image.open(tmp_path / "1.tif") as image: assert as_rgb(image).getchannel(0).tobytes() == bytes([0xAB, 0x12])
+
+
+def test_ten_bits_of_colour_in_sixteen_are_refused(tmp_path):
+    "Pillow writes no such file: rows of 16-bit samples are packed by hand."
+    def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    for most, refused in ((1020, True), (65280, False)):
+        samples = np.linspace(0, most, 3 * 16 * 16).astype(">u2").reshape(16, -1)
+        rows = b"".join(b"\0" + row.tobytes() for row in samples)
+        header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+        path = tmp_path / f"{most}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        with Image.open(path) as image:
+            if not refused: assert as_rgb(image).mode == "RGB"
+            else:
+                with pytest.raises(ValueError, match="few of the 16 bits of its coloured samples"): as_rgb(image)
+
+
+def test_formats_that_are_not_read_are_answered_with_those_that_are(tmp_path):
+    fill(tmp_path, "ab", 5)
+    (tmp_path / "a" / "1.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(ValueError, match=r"a/1.heic: not an image \(JPEG, PNG, BMP, GIF, TIFF, WEBP, PPM are read\)"): folder_set(tmp_path)
+
+
+def test_copies_do_not_count_and_contradictions_are_reported(tmp_path):
+    fill(tmp_path, "ab", 10)
+    for i in range(10): (tmp_path / "a" / f"{i}.jpg").write_bytes(picture(0))
+    with pytest.raises(ValueError, match=r"a: 10 usable images \(1 without copies\), at least 5"): folder_set(tmp_path)
+    for i in range(6): (tmp_path / "a" / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "b" / "0.jpg").write_bytes(picture(0))
+    with pytest.raises(ValueError, match="b/0.jpg: the same image as a/0.jpg, which is of another class"): folder_set(tmp_path)
+    images = folder_set(tmp_path, on_bad="skip")
+    assert images.skipped == 6 and np.bincount(images.labels).tolist() == [5, 9]     # five copies in a, one in b
+
+
+def test_a_class_of_copies_trains_but_cannot_validate(tmp_path):
+    fill(tmp_path / "train", "ab", 6)
+    fill(tmp_path / "test", "ab", 2, first=50)
+    for i in range(6): (tmp_path / "train" / "a" / f"{i}.jpg").write_bytes(picture(0))
+    images = folder_set(tmp_path)
+    assert len(protocol_splits(images)[0][0][0]) == 12
+    with pytest.raises(ValueError, match="class 'a' has fewer than 2 different training images"): protocol_splits(images, "holdout")
+
+
+def ood_study(folder, **given):
+    "The images of a study whose own set is this folder."
+    return load_images(make_parameters(dataset=str(folder), **given))
+
+
+def test_ood_folders_may_be_called_like_columns_and_like_each_other(home, tmp_path):
+    fill(tmp_path / "own", "ab", 10)
+    for k, name in enumerate(("images", "train", "pooled", "fold", "x/own", "y/own", "a, b")): fill(tmp_path / "ood", [f"{name}/c"], 3, first=1000 * k + 500)
+    paths = [str(tmp_path / "ood" / name).replace(",", r"\,") for name in ("images", "train", "pooled", "fold", "x/own", "y/own", "a, b")]
+    study = ood_study(tmp_path / "own", ood=",".join(paths))
+    names = ["images (OoD)", "train (OoD)", "pooled (OoD)", "fold (OoD)", "x-own", "y-own", "a, b"]
+    assert [images.name for images in study.ood_sets] == names
+    assert study.table().loc[(0, "evaluation"), "evaluated"] == 4 and study.about()["ood"] == [dict.fromkeys(names, 1)]
+    with pytest.raises(ValueError, match=r"A comma within a name is written \\,"): ood_names("flowers", str(tmp_path / "ood" / "a, b"))
+    with pytest.raises(ValueError, match="name each set once"): ood_names("flowers", ",".join([str(tmp_path / "own")] * 2))
+
+
+def test_a_flat_folder_of_ood_images_is_one_class(home, tmp_path):
+    fill(tmp_path / "own", "ab", 10)
+    fill(tmp_path, ["meadow"], 30, first=900)
+    study = ood_study(tmp_path / "own", ood=str(tmp_path / "meadow"))
+    assert study.ood_sets[0].classes == ("meadow",) and study.about()["ood"] == [{"meadow": 4}]
+    with pytest.raises(ValueError, match="0 class folders, at least 2 .* the folder holds no folder, and 30 files"): folder_set(tmp_path / "meadow")
+
+
+def test_ood_images_never_run_out():
+    others = [load(name) for name in ("foliage", "pebbles", "weaves")]
+    fold = np.arange(4000), np.arange(4000, 7000)
+    fewer = np.arange(3200), np.arange(3200, 4000)
+    for n_ood, expected in ((0, [800, 2000]), (2500, [2500, 2500])):
+        found, search, report = protocol_mixtures(others, [fewer], [fold], n_ood)
+        (*_, unseen), (*_, drawn) = *search, *report
+        assert [sum(map(len, mixture)) for mixture in (unseen, drawn)] == expected
+        assert not any(set(a) & set(b) for a, b in zip(unseen, drawn))
+        assert all(np.ptp(np.bincount(images.labels[own])) <= 1 for images, own in zip(found, drawn))
+    report = [(fold[0], fold[1][:360])]                                       # as many as there are today
+    assert [images.manifest for images in protocol_mixtures(others, report, report)[0]] == [images.manifest for images in others]
+
+
+def test_real_ood_sets_that_hold_too_few_give_all_they_have(home, tmp_path):
+    fill(tmp_path / "own", "ab", 60)
+    fill(tmp_path / "few", "c", 12, first=5000)
+    for protocol, expected in (("paper", [12]), ("holdout", [12 - 12 * 20 // 44, 12 * 20 // 44])):
+        study = ood_study(tmp_path / "own", ood=str(tmp_path / "few"), protocol=protocol)
+        splits = [study.report_splits] + [study.search_splits] * (not study.same_splits)
+        assert [len(split[0][2][0]) for split in splits] == expected
+        assert f"fold 0, evaluation: {expected[0]} OoD images for 24 evaluated images" in study.about()["images"]["notes"]
+
+
+def test_held_out_classes_take_no_part(home, tmp_path):
+    fill(tmp_path / "own", "abcde", 10)
+    fill(tmp_path / "far", "xy", 10, first=5000)
+    own = str(tmp_path / "own")
+    study = ood_study(own, ood=f"class:b,classes:1,{tmp_path / 'far'}", n_ood=9, protocol="holdout")
+    names = [images.name for images in study.ood_sets]
+    assert names[0] == "class:b" and names[1] in {f"class:{c}" for c in "acde"} and names[2] == "far"
+    assert study.images.classes == tuple(c for c in "abcde" if f"class:{c}" not in names)
+    assert sorted(np.unique(study.images.labels)) == [0, 1, 2] and len(study.images) == 30
+    assert set(study.images.contents).isdisjoint(study.ood_sets[0].contents + study.ood_sets[1].contents)
+    assert study.images.part_of[0].manifest == load(own).manifest             # so that features are shared
+    for wrong, said in (("class:f", "no such class"), ("classes:4", "at least 2 must be left"), ("classes:0", "a number of classes")):
+        with pytest.raises(ValueError, match=said): make_parameters(dataset=own, ood=wrong)
+
+
+def test_a_split_is_random_but_features_are_those_of_the_files(home, tmp_path):
+    fill(tmp_path / "own" / "train", "ab", 12)
+    fill(tmp_path / "own" / "test", "ab", 3, first=50)
+    fill(tmp_path / "far", "xy", 30, first=5000)
+    studies = [ood_study(tmp_path / "own", ood=str(tmp_path / "far"), split=k) for k in (-1, 0, 1, 1)]
+    evaluated = [tuple(study.report_splits[0][1]) for study in studies]
+    assert len(set(evaluated)) == 3 and evaluated[2] == evaluated[3] and len({study.images.manifest for study in studies}) == 1
+    drawn = [tuple(study.report_splits[0][2][0]) for study in studies]
+    assert len(set(drawn)) == 3 and drawn[2] == drawn[3]
+    with pytest.raises(ValueError, match="split 2 is one split, but 5 folds are requested"): make_parameters(split=2, folds=5)
+
+
+def test_rps_photo_keeps_its_split(home, monkeypatch):
+    monkeypatch.setitem(registry.registered, "rps_photo", registry.registered["rps_photo"] | dict(classes=2, images=(12, 4)))
+    fill(home / "rps_photo" / "train", "ab", 6)
+    fill(home / "rps_photo" / "test", "ab", 2, first=50)
+    images = load("rps_photo", split=3)
+    assert (splits(images, split=3)[0][1] == np.flatnonzero(images.test)).all()
+
+
+def test_rendered_sets_are_other_images_in_each_split():
+    studies = [load_images(make_parameters(split=k)) for k in (-1, 0, 1)]
+    for images in zip(*([study.images, *study.ood_sets] for study in studies)):
+        assert len({some.manifest for some in images}) == len({some.pixels([3], 32).tobytes() for some in images}) == 3
+
+
+def test_parts_share_the_features_of_their_set(cache):
+    from moevo_nb.backbone import cached_features
+    given = dict(name="timm:mobilenetv3_small_100", weights="none", size=32)
+    whole = replace(load("weaves"), labels=np.repeat([0, 1, 2, 3], 30), classes=tuple("abcd"))
+    features = cached_features(whole, **given)
+    rest, (part,) = hold_out(whole, [2])
+    files = sorted((cache / "features").iterdir())
+    np.testing.assert_array_equal(cached_features(rest, **given), features[whole.labels != 2])
+    np.testing.assert_array_equal(cached_features(part, **given), features[whole.labels == 2])
+    assert sorted((cache / "features").iterdir()) == files
+
+
+def test_splitting_takes_no_memory_of_images_times_images():
+    labels = np.random.default_rng(0).integers(0, 3, 1500)
+    images = ImageSet("many", tuple("abc"), labels, None, 32, "many", contents=tuple(map(str, range(1500))))
+    tracemalloc.start()
+    protocol_splits(images)
+    assert tracemalloc.get_traced_memory()[1] < 1.5e6                         # 2.25 MB, if there were a byte for each pair
+    tracemalloc.stop()
