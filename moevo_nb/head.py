@@ -11,6 +11,7 @@ __all__ = ['presets', 'epoch_batches', 'Head', 'EarlyStopping', 'PlainHead', 'fi
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.linalg import blas
 from torch import nn
 
 from .encoding import check_mask, find_encoding, initial_weights, masked_init
-from .system import one_thread, run_parallel
+from .system import numeric_libraries, one_thread, run_parallel
 
 # %% ../nbs/06_head.ipynb #cell6
 presets = {
@@ -170,14 +171,48 @@ def fit_plain(
     seconds = perf_counter() - started
     return Head(inputs, *stop.best, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/06_head.ipynb #cell30
+# %% ../nbs/06_head.ipynb #a6f58b36
+@lru_cache(maxsize=1)
+def _small_products_are_fast():
+    "Whether this process has an OpenBLAS that multiplies small matrices without copying them."
+    libraries = [library.get("architecture") for library in numeric_libraries().info()]
+    return any(name in ("SkylakeX", "Cooperlake", "SapphireRapids") for name in libraries)
+
+# %% ../nbs/06_head.ipynb #07b42207
+def _blocks(
+    n:int,         # rows of one factor, columns of the other
+    n_batch:int,   # the smaller side of both
+) -> list:         # slices
+    "The fewest equal parts in which 64 columns take at most a million multiplications."
+    n_blocks = -(-n * n_batch * 64 // 10**6)
+    size = -(-n // n_blocks)
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+# %% ../nbs/06_head.ipynb #96bbdb78
+def _blocked_product(x, w):
+    "x @ w by blocks, for one factor of few rows or columns, and a multiple of 64 columns."
+    out = np.empty((len(x), w.shape[1]), np.float32)
+    columns = w.reshape(len(w), -1, 64).swapaxes(0, 1)   # (n_blocks, n_in, 64)
+    found = out.reshape(len(x), -1, 64).swapaxes(0, 1)
+    if len(w) <= len(x):
+        for rows in _blocks(len(x), len(w)): np.matmul(x[rows], columns, out=found[:, rows])
+        return out
+    first, *others = _blocks(len(w), len(x))
+    np.matmul(x[:, first], columns[:, first], out=found)
+    for rows in others: found += x[:, rows] @ columns[:, rows]
+    return out
+
+# %% ../nbs/06_head.ipynb #d6fa25a3
 def matmul(
     x:np.ndarray,   # (n_batch, n_in)
     w:np.ndarray,   # (n_in, n_out)
 ) -> np.ndarray:    # (n_batch, n_out)
-    "x @ w, by oneDNN if it is float32 and large enough to gain by it."
-    large = x.dtype == np.float32 and x.size * w.shape[1] >= 1e6
-    if not (large and torch.backends.mkldnn.is_available()): return x @ w
+    "x @ w, by the way that is fastest for their sizes."
+    n_batch, n_in, n_out = *x.shape, w.shape[1]
+    if x.dtype != np.float32 or n_batch * n_in * n_out < 2e5: return x @ w
+    if min(n_batch, n_in) <= 64 and not n_out % 64 and _small_products_are_fast():
+        return _blocked_product(x, w)
+    if not torch.backends.mkldnn.is_available(): return x @ w
     x, w = torch.from_numpy(x), torch.from_numpy(w.T)
     return torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "").numpy()
 
@@ -387,7 +422,8 @@ def train_layers(
 # %% ../nbs/06_head.ipynb #cell66
 def _cheaper_layer(n_images, n_inputs, weight_mask):
     "The cheaper way to hold the first layer; with a weight mask there is only one."
-    return DualLayer if weight_mask is None and n_images < 2 * n_inputs else PrimalLayer
+    dual = weight_mask is None and n_images < 2 * n_inputs and n_images <= 8192
+    return DualLayer if dual else PrimalLayer
 
 # %% ../nbs/06_head.ipynb #cell67
 def fit_head(
@@ -399,16 +435,18 @@ def fit_head(
     encoding:str = "features",
     seed:int = 0,                      # of the initial weights and of the batches
     first_layer:type|None = None,      # PrimalLayer or DualLayer; None: the cheaper one
+    images:np.ndarray|None = None,     # indices of those that train; None: all
 ) -> Head:
     "Train one head, on one thread: the trajectory of `fit_plain`, with less work."
     inputs, weights, weight_masks = masked_init(mask, features.shape[1], n_classes, encoding, seed)
     started = perf_counter()
     weight_masks = weight_masks or [None] * len(weights)
-    first_layer = first_layer or _cheaper_layer(len(features), len(inputs), weight_masks[0])
+    images = np.arange(len(labels)) if images is None else images
+    first_layer = first_layer or _cheaper_layer(len(images), len(inputs), weight_masks[0])
     with one_thread():
-        images = np.ascontiguousarray(features[:, inputs])
-        layers = _build_layers(first_layer, images, weights, weight_masks)
-        stop = train_layers(layers, labels, n_classes, training, seed)
+        x = features[np.ix_(images, inputs)]   # the only copy of features
+        layers = _build_layers(first_layer, x, weights, weight_masks)
+        stop = train_layers(layers, labels[images], n_classes, training, seed)
         *hidden, output = [layer.weights(state) for layer, state in zip(layers, stop.best)]
     seconds = perf_counter() - started
     weights, bias = [*hidden, output[:-1]], output[-1]
@@ -551,7 +589,7 @@ def _fit_fold(number_and_mask, train, features, labels, *args):
     "Train a head on the images of one fold."
     number, mask = number_and_mask   # a pair, since Dask would leave a bare array on one worker
     with _naming_diverged_mask(number, mask):
-        return fit_head(features[train], labels[train], mask, *args)
+        return fit_head(features, labels, mask, *args, images=train)
 
 # %% ../nbs/06_head.ipynb #cell99
 def _fit_in_processes(features, labels, masks, n_classes, folds, training, encoding, seed, n_jobs):
