@@ -171,14 +171,14 @@ def fit_plain(
     seconds = perf_counter() - started
     return Head(inputs, *stop.best, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/06_head.ipynb #a6f58b36
+# %% ../nbs/06_head.ipynb #c5e2e9dd
 @lru_cache(maxsize=1)
 def _small_products_are_fast():
     "Whether this process has an OpenBLAS that multiplies small matrices without copying them."
     libraries = [library.get("architecture") for library in numeric_libraries().info()]
     return any(name in ("SkylakeX", "Cooperlake", "SapphireRapids") for name in libraries)
 
-# %% ../nbs/06_head.ipynb #07b42207
+# %% ../nbs/06_head.ipynb #a40f0f4a
 def _blocks(
     n:int,         # rows of one factor, columns of the other
     n_batch:int,   # the smaller side of both
@@ -188,7 +188,7 @@ def _blocks(
     size = -(-n // n_blocks)
     return [slice(start, start + size) for start in range(0, n, size)]
 
-# %% ../nbs/06_head.ipynb #96bbdb78
+# %% ../nbs/06_head.ipynb #b4512c95
 def _blocked_product(x, w):
     "x @ w by blocks, for one factor of few rows or columns, and a multiple of 64 columns."
     out = np.empty((len(x), w.shape[1]), np.float32)
@@ -202,7 +202,7 @@ def _blocked_product(x, w):
     for rows in others: found += x[:, rows] @ columns[:, rows]
     return out
 
-# %% ../nbs/06_head.ipynb #d6fa25a3
+# %% ../nbs/06_head.ipynb #b1837d31
 def matmul(
     x:np.ndarray,   # (n_batch, n_in)
     w:np.ndarray,   # (n_in, n_out)
