@@ -11,6 +11,7 @@ __all__ = ['presets', 'epoch_batches', 'Head', 'EarlyStopping', 'PlainHead', 'fi
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.linalg import blas
 from torch import nn
 
 from .encoding import check_mask, find_encoding, initial_weights, masked_init
-from .system import one_thread, run_parallel
+from .system import numeric_libraries, one_thread, run_parallel
 
 # %% ../nbs/06_head.ipynb #cell6
 presets = {
@@ -171,17 +172,51 @@ def fit_plain(
     return Head(inputs, *stop.best, np.array(stop.losses), stop.best_epoch, seconds)
 
 # %% ../nbs/06_head.ipynb #cell30
+@lru_cache(maxsize=1)
+def _small_products_are_fast():
+    "Whether this process has an OpenBLAS that multiplies small matrices without copying them."
+    libraries = [library.get("architecture") for library in numeric_libraries().info()]
+    return any(name in ("SkylakeX", "Cooperlake", "SapphireRapids") for name in libraries)
+
+# %% ../nbs/06_head.ipynb #cell31
+def _blocks(
+    n:int,         # rows of one factor, columns of the other
+    n_batch:int,   # the smaller side of both
+) -> list:         # slices
+    "The fewest equal parts in which 64 columns take at most a million multiplications."
+    n_blocks = -(-n * n_batch * 64 // 10**6)
+    size = -(-n // n_blocks)
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+# %% ../nbs/06_head.ipynb #cell32
+def _blocked_product(x, w):
+    "x @ w by blocks, for one factor of few rows or columns, and a multiple of 64 columns."
+    out = np.empty((len(x), w.shape[1]), np.float32)
+    columns = w.reshape(len(w), -1, 64).swapaxes(0, 1)   # (n_blocks, n_in, 64)
+    found = out.reshape(len(x), -1, 64).swapaxes(0, 1)
+    if len(w) <= len(x):
+        for rows in _blocks(len(x), len(w)): np.matmul(x[rows], columns, out=found[:, rows])
+        return out
+    first, *others = _blocks(len(w), len(x))
+    np.matmul(x[:, first], columns[:, first], out=found)
+    for rows in others: found += x[:, rows] @ columns[:, rows]
+    return out
+
+# %% ../nbs/06_head.ipynb #cell34
 def matmul(
     x:np.ndarray,   # (n_batch, n_in)
     w:np.ndarray,   # (n_in, n_out)
 ) -> np.ndarray:    # (n_batch, n_out)
-    "x @ w, by oneDNN if it is float32 and large enough to gain by it."
-    large = x.dtype == np.float32 and x.size * w.shape[1] >= 1e6
-    if not (large and torch.backends.mkldnn.is_available()): return x @ w
+    "x @ w, by the way that is fastest for their sizes."
+    n_batch, n_in, n_out = *x.shape, w.shape[1]
+    if x.dtype != np.float32 or n_batch * n_in * n_out < 2e5: return x @ w
+    if min(n_batch, n_in) <= 64 and not n_out % 64 and _small_products_are_fast():
+        return _blocked_product(x, w)
+    if not torch.backends.mkldnn.is_available(): return x @ w
     x, w = torch.from_numpy(x), torch.from_numpy(w.T)
     return torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "").numpy()
 
-# %% ../nbs/06_head.ipynb #cell34
+# %% ../nbs/06_head.ipynb #cell39
 class WeightLayer:
     "A layer held as its weights."
     def __init__(
@@ -232,7 +267,7 @@ class WeightLayer:
         "The weights of a state."
         return state
 
-# %% ../nbs/06_head.ipynb #cell40
+# %% ../nbs/06_head.ipynb #cell45
 class OutputLayer(WeightLayer):
     "The last layer, whose bias is the last row of its weights."
     def __init__(
@@ -261,7 +296,7 @@ class OutputLayer(WeightLayer):
         g[-1] = grad.sum(axis=0)
         return g if self.weight_mask is None else g * self.weight_mask
 
-# %% ../nbs/06_head.ipynb #cell44
+# %% ../nbs/06_head.ipynb #cell49
 class PrimalLayer(WeightLayer):
     "The first layer held as its weights: cheaper where active neurons are few."
     def __init__(
@@ -277,7 +312,7 @@ class PrimalLayer(WeightLayer):
         "Pre-activations, (n_batch, n_units), of the images with these indices."
         return super().forward(self.images[batch])
 
-# %% ../nbs/06_head.ipynb #cell46
+# %% ../nbs/06_head.ipynb #cell51
 class DualLayer:
     "The first layer held as a combination of images: cheaper where images are few."
     def __init__(
@@ -321,7 +356,7 @@ class DualLayer:
         "The weights of a state."
         return self.w0 + matmul(self.x.T, state)
 
-# %% ../nbs/06_head.ipynb #cell51
+# %% ../nbs/06_head.ipynb #cell56
 def cross_entropy(
     logits:np.ndarray,    # (n_batch, n_classes)
     one_hot:np.ndarray,   # labels, 0 or 1, (n_batch, n_classes)
@@ -333,7 +368,7 @@ def cross_entropy(
     grad /= np.float32(len(logits))
     return -float(np.vdot(log_p, one_hot)), grad
 
-# %% ../nbs/06_head.ipynb #cell55
+# %% ../nbs/06_head.ipynb #cell60
 def gradients(
     layers:list,          # as `train_layers` takes them
     batch:np.ndarray,     # indices of images, (n_batch,)
@@ -351,14 +386,14 @@ def gradients(
         grads.append(layer.backward(grads[-1]) * (h > 0))
     return loss, grads
 
-# %% ../nbs/06_head.ipynb #cell56
+# %% ../nbs/06_head.ipynb #cell61
 def _build_layers(first_layer, x, weights, weight_masks):
     "The layers of a head to be trained; `first_layer` is PrimalLayer or DualLayer."
     first = first_layer(x, weights[0], weight_masks[0])
     second = map(WeightLayer, weights[1:-1], weight_masks[1:-1])   # if there is one
     return [first, *second, OutputLayer(weights[-1], weight_masks[-1])]
 
-# %% ../nbs/06_head.ipynb #cell62
+# %% ../nbs/06_head.ipynb #cell67
 def train_layers(
     layers:list,         # PrimalLayer or DualLayer, WeightLayer if there are two hidden,
                          # OutputLayer; trained in place
@@ -384,12 +419,13 @@ def train_layers(
         if stop(total / len(labels), lambda: [layer.state() for layer in layers]): break
     return stop
 
-# %% ../nbs/06_head.ipynb #cell66
+# %% ../nbs/06_head.ipynb #cell71
 def _cheaper_layer(n_images, n_inputs, weight_mask):
     "The cheaper way to hold the first layer; with a weight mask there is only one."
-    return DualLayer if weight_mask is None and n_images < 2 * n_inputs else PrimalLayer
+    dual = weight_mask is None and n_images < 2 * n_inputs and n_images <= 8192
+    return DualLayer if dual else PrimalLayer
 
-# %% ../nbs/06_head.ipynb #cell67
+# %% ../nbs/06_head.ipynb #cell73
 def fit_head(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -399,22 +435,24 @@ def fit_head(
     encoding:str = "features",
     seed:int = 0,                      # of the initial weights and of the batches
     first_layer:type|None = None,      # PrimalLayer or DualLayer; None: the cheaper one
+    images:np.ndarray|None = None,     # indices of those that train; None: all
 ) -> Head:
     "Train one head, on one thread: the trajectory of `fit_plain`, with less work."
     inputs, weights, weight_masks = masked_init(mask, features.shape[1], n_classes, encoding, seed)
     started = perf_counter()
     weight_masks = weight_masks or [None] * len(weights)
-    first_layer = first_layer or _cheaper_layer(len(features), len(inputs), weight_masks[0])
+    images = np.arange(len(labels)) if images is None else images
+    first_layer = first_layer or _cheaper_layer(len(images), len(inputs), weight_masks[0])
     with one_thread():
-        images = np.ascontiguousarray(features[:, inputs])
-        layers = _build_layers(first_layer, images, weights, weight_masks)
-        stop = train_layers(layers, labels, n_classes, training, seed)
+        x = features[np.ix_(images, inputs)]   # the only copy of features
+        layers = _build_layers(first_layer, x, weights, weight_masks)
+        stop = train_layers(layers, labels[images], n_classes, training, seed)
         *hidden, output = [layer.weights(state) for layer, state in zip(layers, stop.best)]
     seconds = perf_counter() - started
     weights, bias = [*hidden, output[:-1]], output[-1]
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/06_head.ipynb #cell81
+# %% ../nbs/06_head.ipynb #cell87
 def _stacked_init(masks, n_features, n_classes, encoding, seed, device):
     "Weights of each layer, (n_heads, n_in, n_out), and the factors of their masks, or None."
     kind = find_encoding(encoding)
@@ -424,7 +462,7 @@ def _stacked_init(masks, n_features, n_classes, encoding, seed, device):
     weights = [w.repeat(len(masks), 1, 1) for w in weights]
     return [w if factor is None else w * factor for w, factor in zip(weights, factors)], factors
 
-# %% ../nbs/06_head.ipynb #cell82
+# %% ../nbs/06_head.ipynb #cell88
 def _stacked_gradients(x, one_hot, weights, bias):
     "Loss of each head on a batch, (n_heads,), and the gradients with respect to weights and bias."
     activations = [x]
@@ -438,7 +476,7 @@ def _stacked_gradients(x, one_hot, weights, bias):
         if h is not x: grad = (grad @ w.transpose(-1, -2)) * (h > 0)
     return -(log_p * one_hot).sum((1, 2)) / len(x), gradients[::-1], bias_gradient
 
-# %% ../nbs/06_head.ipynb #cell83
+# %% ../nbs/06_head.ipynb #cell89
 class _Stack:
     "Heads in training at once: parameters, their velocities, and the factors of their masks."
     def __init__(self, masks, n_features, n_classes, encoding, seed, device):
@@ -471,7 +509,7 @@ class _Stack:
         self.factors = [None if factor is None else factor[rest] for factor in self.factors]
         self.numbers = self.numbers[~stopped]
 
-# %% ../nbs/06_head.ipynb #cell85
+# %% ../nbs/06_head.ipynb #cell91
 @contextmanager
 def _naming_diverged_mask(number, mask):
     "Put the number and the first bits of a mask into the error of a training that diverges."
@@ -481,7 +519,7 @@ def _naming_diverged_mask(number, mask):
         active = int(mask.sum())
         raise FloatingPointError(f"mask {number} ({active} active neurons, {bits}…): {e}") from None
 
-# %% ../nbs/06_head.ipynb #cell87
+# %% ../nbs/06_head.ipynb #cell93
 def _record_epoch(stack, losses, stops, masks):
     "Tell the early stopping of each head in the stack its loss; bool (n_heads,), whether it stops."
     stopped = []
@@ -490,14 +528,14 @@ def _record_epoch(stack, losses, stops, masks):
             stopped.append(stops[number](loss, lambda: stack.copy(i)))
     return np.array(stopped)
 
-# %% ../nbs/06_head.ipynb #cell88
+# %% ../nbs/06_head.ipynb #cell94
 def _stacked_head(mask, stop, encoding, seconds):
     "One head of the stack, cut down to what its mask leaves."
     *weights, bias = [p.cpu().numpy() for p in stop.best]
     inputs, weights = find_encoding(encoding).cut(mask, weights)
     return Head(inputs, weights, bias, np.array(stop.losses), stop.best_epoch, seconds)
 
-# %% ../nbs/06_head.ipynb #cell89
+# %% ../nbs/06_head.ipynb #cell95
 def fit_stacked(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
@@ -529,7 +567,7 @@ def fit_stacked(
     seconds = (perf_counter() - started) / max(1, len(masks))
     return [_stacked_head(mask, stop, encoding, seconds) for mask, stop in zip(masks, stops)]
 
-# %% ../nbs/06_head.ipynb #cell95
+# %% ../nbs/06_head.ipynb #cell101
 def _by_fold(masks, n_folds):
     "Masks with an axis for the folds, (n_masks, n_folds, n_neurons)."
     if masks.ndim == 2: return np.repeat(masks[:, None], n_folds, axis=1)
@@ -537,7 +575,7 @@ def _by_fold(masks, n_folds):
     raise ValueError(f"masks have shape {masks.shape}; expected (n_masks, n_neurons), "
                      f"or (n_masks, {n_folds}, n_neurons) with one for each fold.")
 
-# %% ../nbs/06_head.ipynb #cell96
+# %% ../nbs/06_head.ipynb #cell102
 def _check_data(features, labels, n_classes):
     "Error: features are not finite, or labels are out of range."
     if not np.isfinite(features).all():
@@ -546,14 +584,14 @@ def _check_data(features, labels, n_classes):
         raise ValueError(f"labels must lie between 0 and {n_classes - 1}, "
                          f"these lie between {labels.min()} and {labels.max()}.")
 
-# %% ../nbs/06_head.ipynb #cell98
+# %% ../nbs/06_head.ipynb #cell104
 def _fit_fold(number_and_mask, train, features, labels, *args):
     "Train a head on the images of one fold."
     number, mask = number_and_mask   # a pair, since Dask would leave a bare array on one worker
     with _naming_diverged_mask(number, mask):
-        return fit_head(features[train], labels[train], mask, *args)
+        return fit_head(features, labels, mask, *args, images=train)
 
-# %% ../nbs/06_head.ipynb #cell99
+# %% ../nbs/06_head.ipynb #cell105
 def _fit_in_processes(features, labels, masks, n_classes, folds, training, encoding, seed, n_jobs):
     "Yields, for masks (n_masks, n_folds, n_neurons), the heads of each: one a fold."
     tasks = (((number, mask), train, features, labels, n_classes, training, encoding, seed)
@@ -561,7 +599,7 @@ def _fit_in_processes(features, labels, masks, n_classes, folds, training, encod
     with closing(run_parallel(_fit_fold, tasks, n_jobs, on_cluster=True)) as heads:
         for of_folds in zip(*[heads] * len(folds)): yield list(of_folds)   # one for each fold
 
-# %% ../nbs/06_head.ipynb #cell101
+# %% ../nbs/06_head.ipynb #cell107
 def _stack_size(n_features, n_classes, encoding, device):
     "How many heads fit into 60 % of the free memory."
     initial = initial_weights(n_features, n_classes, find_encoding(encoding).n_layers)
@@ -569,7 +607,7 @@ def _stack_size(n_features, n_classes, encoding, device):
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 4 * 2**30
     return max(1, int(0.6 * free / bytes_per_head))
 
-# %% ../nbs/06_head.ipynb #cell102
+# %% ../nbs/06_head.ipynb #cell108
 def _fit_in_stacks(features, labels, masks, n_classes, folds, training, encoding, seed, device):
     "Yields, for masks (n_masks, n_folds, n_neurons), the heads of each: one a fold."
     size = _stack_size(features.shape[1], n_classes, encoding, device)
@@ -579,7 +617,7 @@ def _fit_in_stacks(features, labels, masks, n_classes, folds, training, encoding
                                training, encoding, seed, device) for k, train in enumerate(folds)]
         for of_folds in zip(*by_fold): yield list(of_folds)
 
-# %% ../nbs/06_head.ipynb #cell103
+# %% ../nbs/06_head.ipynb #cell109
 def fit_heads(
     features:np.ndarray,               # float32 (n_images, n_features)
     labels:np.ndarray,                 # int64 (n_images,)
