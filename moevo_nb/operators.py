@@ -51,7 +51,8 @@ def sample_mask(
     if not 0 <= size <= len(log_weights):
         raise ValueError(f"{size} of {len(log_weights)} neurons cannot be drawn.")
     mask = np.zeros(len(log_weights), bool)
-    mask[np.argsort(log_weights + rng.gumbel(size=len(log_weights)))[len(mask) - size:]] = True
+    keys = -(log_weights + rng.gumbel(size=len(log_weights)))
+    mask[np.argpartition(keys, size - 1)[:size]] = True
     return mask
 
 # %% ../nbs/11_operators.ipynb #cell19
