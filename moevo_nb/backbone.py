@@ -291,7 +291,7 @@ def _read_file(path):
                          "pickled model, which could run code. Save model.state_dict() with "
                          "torch.save or as safetensors, and give that file.") from None
 
-# %% ../nbs/04_backbone.ipynb #5919b649
+# %% ../nbs/04_backbone.ipynb #3fa92d94
 def _state_dicts(content):
     "The dictionaries of tensors at any depth, under today's names."
     if not isinstance(content, dict): return
@@ -301,7 +301,7 @@ def _state_dicts(content):
     if tensors: yield tensors
     for value in content.values(): yield from _state_dicts(value)
 
-# %% ../nbs/04_backbone.ipynb #b118300e
+# %% ../nbs/04_backbone.ipynb #a4ff9ac3
 def _prefixes(state, own):
     "What stands before the model's names in a state dict; '', and the shortest first."
     found = {""}
@@ -311,7 +311,7 @@ def _prefixes(state, own):
             if ".".join(parts[k:]) in own: found.add(".".join(parts[:k]) + ".")
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
-# %% ../nbs/04_backbone.ipynb #4b145dc9
+# %% ../nbs/04_backbone.ipynb #7f718f22
 def _best_match(states, own):
     "The state dict, without a prefix, that shares most names with the model; the largest if none."
     states = sorted(states, key=len, reverse=True)
@@ -363,18 +363,18 @@ def load_weights(
                          "Give weights of this architecture.")
     model.load_state_dict({**own, **{name: value for name, value in state.items() if name in own}})
 
-# %% ../nbs/04_backbone.ipynb #8cc97d2f
+# %% ../nbs/04_backbone.ipynb #3f629ca6
 def _arrays_digest(arrays):
     "What identifies arrays by their names and content."
     return digest(*[part for name in sorted(arrays) for part in (name, arrays[name])])
 
-# %% ../nbs/04_backbone.ipynb #15af4e5e
+# %% ../nbs/04_backbone.ipynb #de65e81b
 def _write_arrays(file, arrays):
     "Write arrays and their digest to a cache file, completely or not at all."
     content = save(arrays, metadata={"sha256": _arrays_digest(arrays)})
     with atomic_path(file) as partial: partial.write_bytes(content)
 
-# %% ../nbs/04_backbone.ipynb #90bd9985
+# %% ../nbs/04_backbone.ipynb #1626c5ec
 def _read_arrays(file):
     "The arrays in a cache file, or None if there is no such file or it is damaged."
     try:
@@ -385,7 +385,7 @@ def _read_arrays(file):
     except (FileNotFoundError, SafetensorError, KeyError, TypeError): return None
     return arrays if _arrays_digest(arrays) == expected else None
 
-# %% ../nbs/04_backbone.ipynb #94c033e1
+# %% ../nbs/04_backbone.ipynb #4ca18a81
 def _kept(file, compute):
     "The arrays in a cache file; a missing or damaged one is computed and written."
     arrays = _read_arrays(file)
@@ -399,14 +399,14 @@ def _kept(file, compute):
         _write_arrays(file, arrays)
     return arrays
 
-# %% ../nbs/04_backbone.ipynb #8de859f2
+# %% ../nbs/04_backbone.ipynb #62e992d1
 def _cache_path(folder, *parts):
     "A path in a folder of the cache from parts that may hold any characters; the last is a digest."
     *names, key = parts
     stem = "-".join(re.sub(r"[^\w.]+", "-", str(name))[:20] for name in names)
     return cache_folder() / folder / f"{stem}-{key[:16]}.safetensors"
 
-# %% ../nbs/04_backbone.ipynb #41925735
+# %% ../nbs/04_backbone.ipynb #c1d69b39
 def _scaled(pixels, mean, std):
     "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
     x = pixels.permute(0, 3, 1, 2).float()   # stays channels-last in memory
@@ -414,7 +414,7 @@ def _scaled(pixels, mean, std):
     std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
     return torch.addcmul(-mean / std, x, 1 / (255 * std))
 
-# %% ../nbs/04_backbone.ipynb #8152efe1
+# %% ../nbs/04_backbone.ipynb #7722645c
 class _PixelsToFeatures(nn.Module):
     "What is exported: uint8 (1, size, size, 3) -> features and maps."
     def __init__(self, model, mean, std):
@@ -426,7 +426,7 @@ class _PixelsToFeatures(nn.Module):
         maps = self.model.features(_scaled(pixels, *self.scaling))
         return maps.mean((2, 3)), maps
 
-# %% ../nbs/04_backbone.ipynb #6cb70885
+# %% ../nbs/04_backbone.ipynb #824da78a
 def export_onnx(
     model:PooledBackbone,   # in evaluation mode, on the CPU
     mean:tuple,             # of each channel, for pixels in [0, 1]
@@ -444,7 +444,7 @@ def export_onnx(
                           input_names=["pixels"], output_names=["features", "maps"])
     return content.getvalue()
 
-# %% ../nbs/04_backbone.ipynb #f555011b
+# %% ../nbs/04_backbone.ipynb #9ed1b01a
 class OnnxBackbone:
     "An exported network on one thread: pixels, uint8 (n, size, size, 3) -> features, or maps."
     def __init__(
@@ -461,7 +461,7 @@ class OnnxBackbone:
         found = [self.session.run([output], {"pixels": image})[0] for image in images]
         return np.concatenate(found)
 
-# %% ../nbs/04_backbone.ipynb #66f63ac1
+# %% ../nbs/04_backbone.ipynb #1894f340
 @dataclass(frozen=True)
 class Engine:
     "What runs a backbone on images of one size."
@@ -510,23 +510,24 @@ class Backbone:
         exported = _exported_network(self, pixels.shape[1])
         return exported(pixels, "maps") if exported else self.eager(pixels, maps=True)
 
-# %% ../nbs/04_backbone.ipynb #b4762b61
+# %% ../nbs/04_backbone.ipynb #295df157
 def _takes(backbone, size):
     "Whether an image of a size can pass the network."
     try: backbone.model(backbone.preprocess(np.zeros((1, size, size, 3), np.uint8)))
     except Exception: return False   # a network may raise anything
     return True
 
-# %% ../nbs/04_backbone.ipynb #a7b4e639
+# %% ../nbs/04_backbone.ipynb #bb5c44aa
 def _check_size(backbone, size):
     "Error: the network cannot take images of this size; it names the next size that it can take."
     if _takes(backbone, size): return
     own = backbone.model.size
     least = next((other for other in range(size + 1, own) if _takes(backbone, other)), own)
-    raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels: "
-                     f"give image_size {least}" + (" or more." if least > size else "."))
+    known = "the next larger size" if least > size else "a size"
+    raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels; "
+                     f"{known} that it can take is {least}: give image_size {least}.")
 
-# %% ../nbs/04_backbone.ipynb #c9fb0071
+# %% ../nbs/04_backbone.ipynb #c6d49d0d
 def _try_export(backbone, size):
     "The arrays of the cache file: the exported network, or the reason why torch has to run it."
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -543,7 +544,7 @@ def _try_export(backbone, size):
     parts = {"onnx": content, "reason": reason.encode()}
     return {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
 
-# %% ../nbs/04_backbone.ipynb #b1af24c0
+# %% ../nbs/04_backbone.ipynb #2b33e9da
 def _engine(
     known:tuple,     # name, weights_hash, mean and std of a backbone
     device:str,
@@ -560,7 +561,7 @@ def _engine(
     if reason: return Engine(torch_name, reason)
     return Engine(f"onnxruntime {onnxruntime.__version__}", file=file)
 
-# %% ../nbs/04_backbone.ipynb #f64b93a0
+# %% ../nbs/04_backbone.ipynb #be005d01
 @lru_cache(maxsize=1)
 def load_exported(
     file:Path,          # as an `Engine` names it
@@ -568,7 +569,7 @@ def load_exported(
     "The exported network in a cache file, ready to run."
     return OnnxBackbone(_read_arrays(file)["onnx"].tobytes())
 
-# %% ../nbs/04_backbone.ipynb #3015e962
+# %% ../nbs/04_backbone.ipynb #b11f97ce
 @lru_cache(maxsize=2)
 def _exported_network(backbone, size):
     "What ONNX Runtime runs for a backbone; None where torch has to."
@@ -591,7 +592,7 @@ def load_backbone(
     return Backbone(name, model, model.n_features, row["mean"], row["std"],
                     weights_hash(name, weights), device, cam_layer=model.layer)
 
-# %% ../nbs/04_backbone.ipynb #0e6cef02
+# %% ../nbs/04_backbone.ipynb #20d2ee45
 def backbone_engine(
     name:str = "efficientnet_lite0",   # as for `load_backbone`
     weights:str = "",                  # as for `load_backbone`
