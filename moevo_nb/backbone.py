@@ -523,8 +523,9 @@ def _check_size(backbone, size):
     if _takes(backbone, size): return
     own = backbone.model.size
     least = next((other for other in range(size + 1, own) if _takes(backbone, other)), own)
-    raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels: "
-                     f"give image_size {least}" + (" or more." if least > size else "."))
+    known = "the next larger size" if least > size else "a size"
+    raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels; "
+                     f"{known} that it can take is {least}: give image_size {least}.")
 
 # %% ../nbs/04_backbone.ipynb #cell102
 def _try_export(backbone, size):
