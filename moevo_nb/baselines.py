@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'random_scores', 'magnitude_scores', 'magnitude_masks',
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
-           'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'measure_baselines', 'plot_baseline']
+           'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'measure_baselines',
+           'plot_baseline']
 
-# %% ../nbs/16_baselines.ipynb #ddd5cd29
+# %% ../nbs/16_baselines.ipynb #cell3
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import softmax
 from sklearn.feature_selection import f_classif, mutual_info_classif
 
@@ -26,7 +28,7 @@ from .pareto import objectives
 from .store import Store
 from .system import did_you_mean, one_thread
 
-# %% ../nbs/16_baselines.ipynb #8e5fc82a
+# %% ../nbs/16_baselines.ipynb #cell6
 @dataclass(frozen=True)
 class TrainingFold:
     "The training images of one fold, and how heads are trained on them."
@@ -51,7 +53,7 @@ class TrainingFold:
     @cached_property
     def unpruned(self): return self.fit(np.ones(self.n_neurons, bool))
 
-# %% ../nbs/16_baselines.ipynb #4e1f437f
+# %% ../nbs/16_baselines.ipynb #cell7
 def training_folds(
     problem:Problem,
 ) -> list:            # a `TrainingFold` for each fold
@@ -60,7 +62,7 @@ def training_folds(
     return [TrainingFold(p.features[train], p.labels[train], p.n_classes, p.training, p.encoding,
                          p.seed, number) for number, (train, _) in enumerate(p.folds)]
 
-# %% ../nbs/16_baselines.ipynb #f5fbddc5
+# %% ../nbs/16_baselines.ipynb #cell12
 def largest_masks(
     scores:np.ndarray,   # of each fold's neurons, (n_folds, n_neurons)
     fractions:list,      # active fractions, each in [0, 1]
@@ -73,21 +75,21 @@ def largest_masks(
     sizes = np.array([round(fraction * scores.shape[1]) for fraction in fractions])
     return rank < sizes[:, None, None]
 
-# %% ../nbs/16_baselines.ipynb #eeb16d73
+# %% ../nbs/16_baselines.ipynb #cell15
 def random_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Random numbers."
     return np.random.default_rng([fold.seed, fold.number, 3]).random(fold.n_neurons)
 
-# %% ../nbs/16_baselines.ipynb #c481a2f0
+# %% ../nbs/16_baselines.ipynb #cell18
 def magnitude_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Norms of the weights in the unpruned head."
     return find_encoding(fold.encoding).magnitudes(fold.unpruned.weights)
 
-# %% ../nbs/16_baselines.ipynb #5bdd4c61
+# %% ../nbs/16_baselines.ipynb #cell19
 def magnitude_masks(
     heads:list,                  # trained without a mask, one a fold
     fractions:list,              # active fractions, each in [0, 1]
@@ -97,7 +99,7 @@ def magnitude_masks(
     kind = find_encoding(encoding)
     return largest_masks([kind.magnitudes(head.weights) for head in heads], fractions)
 
-# %% ../nbs/16_baselines.ipynb #c65f3f85
+# %% ../nbs/16_baselines.ipynb #cell27
 def _masked_layers(fold, baseline):
     "The layers that a mask covers, 0 the inputs. Error: it covers single weights."
     kind = find_encoding(fold.encoding)
@@ -106,14 +108,14 @@ def _masked_layers(fold, baseline):
                          "weights: use another encoding, such as 'features' or 'units'.")
     return kind.masked
 
-# %% ../nbs/16_baselines.ipynb #a893448e
+# %% ../nbs/16_baselines.ipynb #cell28
 def _signals(head, features):
     "The inputs of each layer of an unpruned head: features, and activations of hidden units."
     signals = [features]
     for w in head.weights[:-1]: signals.append(np.maximum(signals[-1] @ w, 0))
     return signals
 
-# %% ../nbs/16_baselines.ipynb #9cc71daf
+# %% ../nbs/16_baselines.ipynb #cell29
 def taylor_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
@@ -129,7 +131,7 @@ def taylor_scores(
         grad = grad * (signal > 0)
     return np.concatenate([scores[layer] for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #10b3ecda
+# %% ../nbs/16_baselines.ipynb #cell35
 def elimination_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,), distinct
@@ -148,14 +150,14 @@ def elimination_scores(
     scores[mask] = fold.n_neurons - 1
     return scores
 
-# %% ../nbs/16_baselines.ipynb #e67aa95b
+# %% ../nbs/16_baselines.ipynb #cell39
 def _filter_scores(fold, baseline, score):
     "Scores of the neurons that a mask covers, by their values on the training images."
     layers = _masked_layers(fold, baseline)
     signals = _signals(fold.unpruned, fold.features) if max(layers) else [fold.features]
     return np.concatenate([score(signals[layer]) for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #b6e35571
+# %% ../nbs/16_baselines.ipynb #cell40
 def anova_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,); 0 for a neuron of constant value
@@ -167,7 +169,7 @@ def anova_scores(
         return found
     return _filter_scores(fold, "the analysis of variance", score)
 
-# %% ../nbs/16_baselines.ipynb #60dfd2b3
+# %% ../nbs/16_baselines.ipynb #cell41
 def information_scores(
     fold:TrainingFold,
     n_bins:int = 10,     # of equally many images
@@ -179,7 +181,7 @@ def information_scores(
         return mutual_info_classif(np.transpose(bins), fold.labels, discrete_features=True)
     return _filter_scores(fold, "mutual information", score)
 
-# %% ../nbs/16_baselines.ipynb #423fd355
+# %% ../nbs/16_baselines.ipynb #cell47
 class _ShrinkingLayer(PrimalLayer):
     "A first layer whose groups of weights are shortened after each step."
     def __init__(self, x, weights, axis):
@@ -194,7 +196,7 @@ class _ShrinkingLayer(PrimalLayer):
         norms = np.maximum(self.norms(), np.finfo(np.float32).tiny)
         self.w *= np.maximum(1 - np.float32(rate * self.penalty) / norms, 0)
 
-# %% ../nbs/16_baselines.ipynb #0bdd71d2
+# %% ../nbs/16_baselines.ipynb #cell50
 def _trained_layers(fold, make_first, baseline):
     "The layers of the unpruned head, to be trained on. Error: it has two hidden ones."
     if find_encoding(fold.encoding).n_layers > 1:
@@ -205,7 +207,7 @@ def _trained_layers(fold, make_first, baseline):
     last.w[-1] = fold.unpruned.bias
     return [make_first(np.ascontiguousarray(fold.features), hidden), last]
 
-# %% ../nbs/16_baselines.ipynb #d59f9b4d
+# %% ../nbs/16_baselines.ipynb #cell51
 def lasso_scores(
     fold:TrainingFold,
     growth:float = 1.1,    # of the penalty, each epoch
@@ -225,7 +227,27 @@ def lasso_scores(
         first.penalty *= growth
     return scores
 
-# %% ../nbs/16_baselines.ipynb #7dccb753
+# %% ../nbs/16_baselines.ipynb #cell54
+def lassonet_scores(
+    fold:TrainingFold,
+    growth:float = 1.05,    # of the penalty, each step of the path
+) -> np.ndarray:            # (n_features,); those that disappear in the same step are equal
+    "Penalties at which LassoNet drops the features."
+    if fold.encoding != "features":
+        raise ValueError(f"LassoNet ranks features; masks over {fold.encoding} are not for it.")
+    try: from lassonet import LassoNetClassifier
+    except ImportError:
+        raise ValueError("LassoNet needs its package: pip install lassonet==0.0.21") from None
+    deviation = fold.features.std(axis=0)
+    scaled = (fold.features - fold.features.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    with torch.random.fork_rng(devices=[]):   # LassoNet seeds torch's own generator
+        net = LassoNetClassifier(
+            hidden_dims=(32,), lambda_start=1.0, path_multiplier=growth, n_iters=(200, 50),
+            patience=(20, 10), val_size=0, device="cpu", verbose=0, torch_seed=fold.seed)
+        net.path(scaled, fold.labels, disable_lambda_warning=True)
+    return net.feature_importances_.numpy()
+
+# %% ../nbs/16_baselines.ipynb #cell57
 def _keep_largest(weights, fraction, pruned):
     "Which weights, units or features have the largest hidden weights; the same for each weight."
     norms = {"weights": abs(weights).ravel(), "units": np.linalg.norm(weights, axis=0),
@@ -234,7 +256,7 @@ def _keep_largest(weights, fraction, pruned):
     mask = largest_masks(norms[None], [fraction])[0, 0]
     return mask, np.broadcast_to(mask.reshape(shape), weights.shape)
 
-# %% ../nbs/16_baselines.ipynb #bd9df064
+# %% ../nbs/16_baselines.ipynb #cell58
 def post_hoc_heads(
     fold:TrainingFold,
     fractions:list,              # active fractions, each in [0, 1]
@@ -249,7 +271,7 @@ def post_hoc_heads(
         heads.append((mask, replace(fold.unpruned, weights=[hidden * kept, output])))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #22075da7
+# %% ../nbs/16_baselines.ipynb #cell64
 def polynomial_fraction(
     passed:float,     # of the schedule, in [0, 1]
     final:float,      # active fraction at its end
@@ -259,7 +281,7 @@ def polynomial_fraction(
     start = max(start, final)
     return final + (start - final) * (1 - passed)**3
 
-# %% ../nbs/16_baselines.ipynb #d1ff0bc3
+# %% ../nbs/16_baselines.ipynb #cell66
 def gradual_heads(
     fold:TrainingFold,
     fractions:list,            # active fractions, each in [0, 1]
@@ -281,14 +303,14 @@ def gradual_heads(
         heads.append((mask, replace(fold.unpruned, weights=weights, bias=bias)))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #d4477e4f
+# %% ../nbs/16_baselines.ipynb #cell72
 @dataclass(frozen=True)
 class Baseline:
     "A way of pruning without search."
     scores:Callable|None = None   # fold -> scores of neurons; heads are trained again
     heads:Callable|None = None    # (fold, fractions) -> (mask, head) for each fraction
 
-# %% ../nbs/16_baselines.ipynb #c3f2bfdc
+# %% ../nbs/16_baselines.ipynb #cell73
 baselines = {
     "random": Baseline(random_scores),
     "largest weights": Baseline(magnitude_scores),
@@ -297,6 +319,7 @@ baselines = {
     "ANOVA F": Baseline(anova_scores),
     "mutual information": Baseline(information_scores),
     "group lasso": Baseline(lasso_scores),
+    "LassoNet": Baseline(lassonet_scores),
     "features, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="features")),
     "units, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="units")),
     "weights, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="weights")),
@@ -304,7 +327,7 @@ baselines = {
     "weights, polynomial": Baseline(heads=partial(gradual_heads, pruned="weights")),
 }
 
-# %% ../nbs/16_baselines.ipynb #70dc83b0
+# %% ../nbs/16_baselines.ipynb #cell74
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -313,7 +336,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #17b9d446
+# %% ../nbs/16_baselines.ipynb #cell75
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -339,7 +362,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #e99e392a
+# %% ../nbs/16_baselines.ipynb #cell87
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
