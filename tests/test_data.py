@@ -547,3 +547,12 @@ def test_splitting_takes_no_memory_of_images_times_images():
     protocol_splits(images)
     assert tracemalloc.get_traced_memory()[1] < 1.5e6                         # 2.25 MB, if there were a byte for each pair
     tracemalloc.stop()
+
+
+def test_search_and_report_share_a_small_ood_set(home, tmp_path):
+    "The report alone would take all of the held-out class, and the search would see none of it."
+    fill(tmp_path / "own", "abc", 60)
+    study = ood_study(tmp_path / "own", ood="class:b,weaves", protocol="holdout", n_ood=120)
+    ((*_, searched),), ((*_, reported),) = study.search_splits, study.report_splits
+    assert [len(drawn) for drawn in searched] == [30, 90] and [len(drawn) for drawn in reported] == [30, 90]
+    assert not set(searched[0]) & set(reported[0])
