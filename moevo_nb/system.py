@@ -56,7 +56,7 @@ def file_digest(
     "What identifies a file by its content."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_system.ipynb #cell21
+# %% ../nbs/00_system.ipynb #cell13
 def cache_folder() -> Path:
     "Where features and evaluations are kept: `MOEVO_CACHE`, or `~/.cache/moevo_nb`."
     chosen = os.environ.get("MOEVO_CACHE", "~/.cache/moevo_nb")
@@ -64,12 +64,12 @@ def cache_folder() -> Path:
         raise ValueError("MOEVO_CACHE is empty: set it to a folder, or unset it.")
     return Path(chosen).expanduser()
 
-# %% ../nbs/00_system.ipynb #cell22
+# %% ../nbs/00_system.ipynb #cell14
 def data_folder() -> Path:
     "Where data sets are looked up by name: `MOEVO_DATA`, or `~/.cache/moevo_nb/data`."
     return Path(os.environ.get("MOEVO_DATA", "~/.cache/moevo_nb/data")).expanduser()
 
-# %% ../nbs/00_system.ipynb #677d9ab7
+# %% ../nbs/00_system.ipynb #cell19
 _system_errors = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                           # full
     errno.EACCES, errno.EPERM, errno.EROFS,                            # not allowed
@@ -77,14 +77,14 @@ _system_errors = (
     errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,       # no locks
 )
 
-# %% ../nbs/00_system.ipynb #122963d9
+# %% ../nbs/00_system.ipynb #cell20
 def _remedy(path):
     "What helps if a path cannot be used: for the cache, a variable names another folder."
     if path.absolute().is_relative_to(cache_folder().absolute()):
         return "Free space or ask for the right to use it, or set MOEVO_CACHE to another folder"
     return "Free space or ask for the right to use it, or choose another folder"
 
-# %% ../nbs/00_system.ipynb #e3c2e758
+# %% ../nbs/00_system.ipynb #cell21
 @contextmanager
 def explained(
     path:str|Path,   # what is used
@@ -98,7 +98,7 @@ def explained(
         told = f"{path} cannot be {done} ({said}). {_remedy(Path(path))}."
         raise OSError(e.errno, told) from None
 
-# %% ../nbs/00_system.ipynb #cell13
+# %% ../nbs/00_system.ipynb #cell24
 @contextmanager
 def atomic_path(
     path:str|Path,   # the file that is to be
@@ -116,7 +116,7 @@ def atomic_path(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../nbs/00_system.ipynb #cell14
+# %% ../nbs/00_system.ipynb #cell25
 def write_text(
     path:str|Path,
     text:str,
@@ -124,7 +124,7 @@ def write_text(
     "Write a text file completely or not at all."
     with atomic_path(path) as partial: partial.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_system.ipynb #3fe149d2
+# %% ../nbs/00_system.ipynb #cell31
 def _acquire(lock, what, wait):
     "Take the lock of an open file, and write into it who has it."
     try:
@@ -142,7 +142,7 @@ def _acquire(lock, what, wait):
     lock.write(f"process {os.getpid()} on {platform.node()} since {since}")
     lock.flush()
 
-# %% ../nbs/00_system.ipynb #1b122d7e
+# %% ../nbs/00_system.ipynb #cell32
 @contextmanager
 def file_lock(
     path:str|Path,      # the lock file, made if missing, with its folder
@@ -158,7 +158,7 @@ def file_lock(
         with explained(path, "locked"): _acquire(lock, what, wait)
         yield
 
-# %% ../nbs/00_system.ipynb #37138ef7
+# %% ../nbs/00_system.ipynb #cell36
 def check_cache():
     "Error: the cache folder cannot be made, written to, or locked."
     folder = cache_folder()
@@ -173,18 +173,18 @@ def check_cache():
         for path in (tried, lock):
             with suppress(OSError): path.unlink()
 
-# %% ../nbs/00_system.ipynb #cell25
+# %% ../nbs/00_system.ipynb #cell42
 @lru_cache(maxsize=1)
 def numeric_libraries() -> ThreadpoolController:
     "The thread pools of this process, looked up once: that takes longer than a short training."
     return ThreadpoolController()
 
-# %% ../nbs/00_system.ipynb #cell26
+# %% ../nbs/00_system.ipynb #cell43
 def one_thread():
     "A context in which the numeric libraries use one thread."
     return numeric_libraries().limit(limits=1)
 
-# %% ../nbs/00_system.ipynb #e4ac770c
+# %% ../nbs/00_system.ipynb #cell46
 def _end_with_parent(
     parent:int,   # its process id
 ):
@@ -198,14 +198,14 @@ def _end_with_parent(
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/00_system.ipynb #bdfd41b7
+# %% ../nbs/00_system.ipynb #cell47
 def _processes(n_jobs):
     "A `joblib.Parallel` over processes of one thread each, which end with this one."
     watched = dict(initializer=_end_with_parent, initargs=(os.getpid(),))
     with joblib.parallel_config("loky", inner_max_num_threads=1, **watched):
         return joblib.Parallel(n_jobs, return_as="generator")
 
-# %% ../nbs/00_system.ipynb #302b44c4
+# %% ../nbs/00_system.ipynb #cell48
 @contextmanager
 def _cancelling(results):
     "Cancel the tasks whose results are not wanted any more, without joblib's warning of it."
@@ -213,7 +213,7 @@ def _cancelling(results):
     finally:
         with warnings.catch_warnings(action="ignore"): results.close()
 
-# %% ../nbs/00_system.ipynb #007629ad
+# %% ../nbs/00_system.ipynb #cell50
 def _run_in_processes(function, tasks, n_jobs):
     "Yields the results of tasks in order. Error: a process was killed twice at the same tasks."
     tasks, call = iter(tasks), joblib.delayed(function)
@@ -242,7 +242,7 @@ def _run_in_processes(function, tasks, n_jobs):
             lost = len(handed)
             warnings.warn("a worker process was killed; what it was doing is run once more")
 
-# %% ../nbs/00_system.ipynb #caf7be83
+# %% ../nbs/00_system.ipynb #cell52
 def _run_on_cluster(function, tasks, n_jobs):
     "Yields the results of tasks in order. Error: the last worker of the cluster has gone."
     call, parallel = joblib.delayed(function), joblib.Parallel(n_jobs, return_as="generator")
@@ -252,7 +252,7 @@ def _run_on_cluster(function, tasks, n_jobs):
         raise RuntimeError("no worker of the cluster is left: start some, "
                            "and the same command goes on from here.") from None
 
-# %% ../nbs/00_system.ipynb #df5ea80b
+# %% ../nbs/00_system.ipynb #cell53
 def run_parallel(
     function:Callable,
     tasks:Iterable,            # the arguments of each call, a tuple; taken as they are needed
@@ -273,7 +273,7 @@ def run_parallel(
             with one_thread(): result = function(*task)
             yield result
 
-# %% ../nbs/00_system.ipynb #bd287a86
+# %% ../nbs/00_system.ipynb #cell59
 @contextmanager
 def graceful_interrupt(
     message:Callable,   # () -> what to say after the signal's name
@@ -297,14 +297,14 @@ def graceful_interrupt(
         raise
     finally: restore()
 
-# %% ../nbs/00_system.ipynb #cell29
+# %% ../nbs/00_system.ipynb #cell62
 def versions(
     *packages:str,   # names of installed packages
 ) -> dict:           # name -> version; first that of Python
     "The versions of Python and of some packages."
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
-# %% ../nbs/00_system.ipynb #cell32
+# %% ../nbs/00_system.ipynb #cell65
 def did_you_mean(
     name:str,
     known,      # the names there are
@@ -313,7 +313,7 @@ def did_you_mean(
     near = difflib.get_close_matches(name, [*known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
-# %% ../nbs/00_system.ipynb #67c8ef70
+# %% ../nbs/00_system.ipynb #cell68
 def figure_text(
     name:str,
 ) -> str:       # as matplotlib draws it literally
@@ -323,7 +323,7 @@ def figure_text(
     drawn = "".join(char if ord(char) in known else "\ufffd" for char in name)
     return (" " * drawn.startswith("_") + drawn).replace("$", r"\$")
 
-# %% ../nbs/00_system.ipynb #cell35
+# %% ../nbs/00_system.ipynb #cell71
 @lru_cache(maxsize=1)
 def import_torchvision():   # the module
     "Import torchvision, also where its compiled operators cannot be loaded."
