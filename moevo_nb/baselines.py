@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'random_scores', 'magnitude_scores', 'magnitude_masks',
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
-           'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'measure_baselines',
-           'plot_baseline']
+           'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'find_baseline',
+           'measure_baselines', 'plot_baseline']
 
-# %% ../nbs/16_baselines.ipynb #bc2770fd
+# %% ../nbs/16_baselines.ipynb #2b99460a
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,7 +28,7 @@ from .pareto import objectives
 from .store import Store
 from .system import did_you_mean, one_thread
 
-# %% ../nbs/16_baselines.ipynb #72b2f381
+# %% ../nbs/16_baselines.ipynb #9cc18ce0
 @dataclass(frozen=True)
 class TrainingFold:
     "The training images of one fold, and how heads are trained on them."
@@ -53,7 +53,7 @@ class TrainingFold:
     @cached_property
     def unpruned(self): return self.fit(np.ones(self.n_neurons, bool))
 
-# %% ../nbs/16_baselines.ipynb #8ee68717
+# %% ../nbs/16_baselines.ipynb #10b6919f
 def training_folds(
     problem:Problem,
 ) -> list:            # a `TrainingFold` for each fold
@@ -62,7 +62,7 @@ def training_folds(
     return [TrainingFold(p.features[train], p.labels[train], p.n_classes, p.training, p.encoding,
                          p.seed, number) for number, (train, _) in enumerate(p.folds)]
 
-# %% ../nbs/16_baselines.ipynb #04df0ef2
+# %% ../nbs/16_baselines.ipynb #8ec3f4b9
 def largest_masks(
     scores:np.ndarray,   # of each fold's neurons, (n_folds, n_neurons)
     fractions:list,      # active fractions, each in [0, 1]
@@ -75,21 +75,21 @@ def largest_masks(
     sizes = np.array([round(fraction * scores.shape[1]) for fraction in fractions])
     return rank < sizes[:, None, None]
 
-# %% ../nbs/16_baselines.ipynb #9aabbe89
+# %% ../nbs/16_baselines.ipynb #65b6a29c
 def random_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Random numbers."
     return np.random.default_rng([fold.seed, fold.number, 3]).random(fold.n_neurons)
 
-# %% ../nbs/16_baselines.ipynb #19d515f1
+# %% ../nbs/16_baselines.ipynb #2598da49
 def magnitude_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Norms of the weights in the unpruned head."
     return find_encoding(fold.encoding).magnitudes(fold.unpruned.weights)
 
-# %% ../nbs/16_baselines.ipynb #5e29c86c
+# %% ../nbs/16_baselines.ipynb #ebe6a662
 def magnitude_masks(
     heads:list,                  # trained without a mask, one a fold
     fractions:list,              # active fractions, each in [0, 1]
@@ -99,7 +99,7 @@ def magnitude_masks(
     kind = find_encoding(encoding)
     return largest_masks([kind.magnitudes(head.weights) for head in heads], fractions)
 
-# %% ../nbs/16_baselines.ipynb #44529f99
+# %% ../nbs/16_baselines.ipynb #3954780d
 def _masked_layers(fold, baseline):
     "The layers that a mask covers, 0 the inputs. Error: it covers single weights."
     kind = find_encoding(fold.encoding)
@@ -108,14 +108,14 @@ def _masked_layers(fold, baseline):
                          "weights: use another encoding, such as 'features' or 'units'.")
     return kind.masked
 
-# %% ../nbs/16_baselines.ipynb #3761668a
+# %% ../nbs/16_baselines.ipynb #2e6473ba
 def _signals(head, features):
     "The inputs of each layer of an unpruned head: features, and activations of hidden units."
     signals = [features]
     for w in head.weights[:-1]: signals.append(np.maximum(signals[-1] @ w, 0))
     return signals
 
-# %% ../nbs/16_baselines.ipynb #49d78a73
+# %% ../nbs/16_baselines.ipynb #2cd9a2f7
 def taylor_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
@@ -131,7 +131,7 @@ def taylor_scores(
         grad = grad * (signal > 0)
     return np.concatenate([scores[layer] for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #c5ad8f69
+# %% ../nbs/16_baselines.ipynb #78d9ac6b
 def elimination_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,), distinct
@@ -150,14 +150,14 @@ def elimination_scores(
     scores[mask] = fold.n_neurons - 1
     return scores
 
-# %% ../nbs/16_baselines.ipynb #3b1c1354
+# %% ../nbs/16_baselines.ipynb #fc67909e
 def _filter_scores(fold, baseline, score):
     "Scores of the neurons that a mask covers, by their values on the training images."
     layers = _masked_layers(fold, baseline)
     signals = _signals(fold.unpruned, fold.features) if max(layers) else [fold.features]
     return np.concatenate([score(signals[layer]) for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #513d1114
+# %% ../nbs/16_baselines.ipynb #61064305
 def anova_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,); 0 for a neuron of constant value
@@ -169,7 +169,7 @@ def anova_scores(
         return found
     return _filter_scores(fold, "the analysis of variance", score)
 
-# %% ../nbs/16_baselines.ipynb #4461c72f
+# %% ../nbs/16_baselines.ipynb #dd66ccfc
 def information_scores(
     fold:TrainingFold,
     n_bins:int = 10,     # of equally many images
@@ -181,7 +181,7 @@ def information_scores(
         return mutual_info_classif(np.transpose(bins), fold.labels, discrete_features=True)
     return _filter_scores(fold, "mutual information", score)
 
-# %% ../nbs/16_baselines.ipynb #f7ff47a6
+# %% ../nbs/16_baselines.ipynb #c88ec594
 class _ShrinkingLayer(PrimalLayer):
     "A first layer whose groups of weights are shortened after each step."
     def __init__(self, x, weights, axis):
@@ -196,7 +196,7 @@ class _ShrinkingLayer(PrimalLayer):
         norms = np.maximum(self.norms(), np.finfo(np.float32).tiny)
         self.w *= np.maximum(1 - np.float32(rate * self.penalty) / norms, 0)
 
-# %% ../nbs/16_baselines.ipynb #6e12ffb4
+# %% ../nbs/16_baselines.ipynb #e63fe694
 def _trained_layers(fold, make_first, baseline):
     "The layers of the unpruned head, to be trained on. Error: it has two hidden ones."
     if find_encoding(fold.encoding).n_layers > 1:
@@ -207,7 +207,7 @@ def _trained_layers(fold, make_first, baseline):
     last.w[-1] = fold.unpruned.bias
     return [make_first(np.ascontiguousarray(fold.features), hidden), last]
 
-# %% ../nbs/16_baselines.ipynb #9f02ecc0
+# %% ../nbs/16_baselines.ipynb #93b4f250
 def lasso_scores(
     fold:TrainingFold,
     growth:float = 1.1,    # of the penalty, each epoch
@@ -227,7 +227,7 @@ def lasso_scores(
         first.penalty *= growth
     return scores
 
-# %% ../nbs/16_baselines.ipynb #17a20a5a
+# %% ../nbs/16_baselines.ipynb #9e670f5e
 def lassonet_scores(
     fold:TrainingFold,
     growth:float = 1.05,    # of the penalty, each step of the path
@@ -247,7 +247,7 @@ def lassonet_scores(
         net.path(scaled, fold.labels, disable_lambda_warning=True)
     return net.feature_importances_.numpy()
 
-# %% ../nbs/16_baselines.ipynb #99692a76
+# %% ../nbs/16_baselines.ipynb #1496e803
 def _keep_largest(weights, fraction, pruned):
     "Which weights, units or features have the largest hidden weights; the same for each weight."
     norms = {"weights": abs(weights).ravel(), "units": np.linalg.norm(weights, axis=0),
@@ -256,7 +256,7 @@ def _keep_largest(weights, fraction, pruned):
     mask = largest_masks(norms[None], [fraction])[0, 0]
     return mask, np.broadcast_to(mask.reshape(shape), weights.shape)
 
-# %% ../nbs/16_baselines.ipynb #f19bf628
+# %% ../nbs/16_baselines.ipynb #e59af971
 def post_hoc_heads(
     fold:TrainingFold,
     fractions:list,              # active fractions, each in [0, 1]
@@ -271,7 +271,7 @@ def post_hoc_heads(
         heads.append((mask, replace(fold.unpruned, weights=[hidden * kept, output])))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #cdffa131
+# %% ../nbs/16_baselines.ipynb #101739d6
 def polynomial_fraction(
     passed:float,     # of the schedule, in [0, 1]
     final:float,      # active fraction at its end
@@ -281,7 +281,7 @@ def polynomial_fraction(
     start = max(start, final)
     return final + (start - final) * (1 - passed)**3
 
-# %% ../nbs/16_baselines.ipynb #a9a07a77
+# %% ../nbs/16_baselines.ipynb #002e6040
 def gradual_heads(
     fold:TrainingFold,
     fractions:list,            # active fractions, each in [0, 1]
@@ -303,14 +303,14 @@ def gradual_heads(
         heads.append((mask, replace(fold.unpruned, weights=weights, bias=bias)))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #f9b29038
+# %% ../nbs/16_baselines.ipynb #2ccc46c8
 @dataclass(frozen=True)
 class Baseline:
     "A way of pruning without search."
     scores:Callable|None = None   # fold -> scores of neurons; heads are trained again
     heads:Callable|None = None    # (fold, fractions) -> (mask, head) for each fraction
 
-# %% ../nbs/16_baselines.ipynb #1ebb539f
+# %% ../nbs/16_baselines.ipynb #74b3487c
 baselines = {
     "random": Baseline(random_scores),
     "largest weights": Baseline(magnitude_scores),
@@ -320,14 +320,23 @@ baselines = {
     "mutual information": Baseline(information_scores),
     "group lasso": Baseline(lasso_scores),
     "LassoNet": Baseline(lassonet_scores),
-    "features, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="features")),
-    "units, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="units")),
-    "weights, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="weights")),
-    "units, polynomial": Baseline(heads=partial(gradual_heads, pruned="units")),
-    "weights, polynomial": Baseline(heads=partial(gradual_heads, pruned="weights")),
+    "post-hoc features": Baseline(heads=partial(post_hoc_heads, pruned="features")),
+    "post-hoc units": Baseline(heads=partial(post_hoc_heads, pruned="units")),
+    "post-hoc weights": Baseline(heads=partial(post_hoc_heads, pruned="weights")),
+    "polynomial units": Baseline(heads=partial(gradual_heads, pruned="units")),
+    "polynomial weights": Baseline(heads=partial(gradual_heads, pruned="weights")),
 }
 
-# %% ../nbs/16_baselines.ipynb #53bbd0a1
+# %% ../nbs/16_baselines.ipynb #321e573f
+def find_baseline(
+    name:str,    # a key of `baselines`
+) -> Baseline:
+    "The baseline of a name. Error: it is unknown."
+    if name in baselines: return baselines[name]
+    hint = did_you_mean(name, baselines)
+    raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
+
+# %% ../nbs/16_baselines.ipynb #a3a6e5c2
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -336,7 +345,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #409e2736
+# %% ../nbs/16_baselines.ipynb #cda9a8ac
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -345,10 +354,7 @@ def measure_baselines(
     n_jobs:int = 1,    # processes
 ) -> pd.DataFrame:     # a column for each objective, indexed by baseline and fraction
     "The objectives of baselines at wanted active fractions."
-    for name in names:
-        if name not in baselines:
-            hint = did_you_mean(name, baselines)
-            raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
+    for name in names: find_baseline(name)   # before anything is computed
     folds = training_folds(problem)
     for fold in folds: fold.unpruned   # once for all baselines
     tasks = [joblib.delayed(_prune)(name, fold, fractions) for name in names for fold in folds]
@@ -362,7 +368,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #43310ae8
+# %% ../nbs/16_baselines.ipynb #38a07a81
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
