@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'random_scores', 'magnitude_scores', 'magnitude_masks',
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
-           'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'measure_baselines',
-           'plot_baseline']
+           'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'find_baseline',
+           'measure_baselines', 'plot_baseline']
 
 # %% ../nbs/16_baselines.ipynb #cell3
 from collections.abc import Callable
@@ -320,14 +320,23 @@ baselines = {
     "mutual information": Baseline(information_scores),
     "group lasso": Baseline(lasso_scores),
     "LassoNet": Baseline(lassonet_scores),
-    "features, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="features")),
-    "units, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="units")),
-    "weights, post hoc": Baseline(heads=partial(post_hoc_heads, pruned="weights")),
-    "units, polynomial": Baseline(heads=partial(gradual_heads, pruned="units")),
-    "weights, polynomial": Baseline(heads=partial(gradual_heads, pruned="weights")),
+    "post-hoc features": Baseline(heads=partial(post_hoc_heads, pruned="features")),
+    "post-hoc units": Baseline(heads=partial(post_hoc_heads, pruned="units")),
+    "post-hoc weights": Baseline(heads=partial(post_hoc_heads, pruned="weights")),
+    "polynomial units": Baseline(heads=partial(gradual_heads, pruned="units")),
+    "polynomial weights": Baseline(heads=partial(gradual_heads, pruned="weights")),
 }
 
 # %% ../nbs/16_baselines.ipynb #cell74
+def find_baseline(
+    name:str,    # a key of `baselines`
+) -> Baseline:
+    "The baseline of a name. Error: it is unknown."
+    if name in baselines: return baselines[name]
+    hint = did_you_mean(name, baselines)
+    raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
+
+# %% ../nbs/16_baselines.ipynb #cell76
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -336,7 +345,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #cell75
+# %% ../nbs/16_baselines.ipynb #cell77
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -345,10 +354,7 @@ def measure_baselines(
     n_jobs:int = 1,    # processes
 ) -> pd.DataFrame:     # a column for each objective, indexed by baseline and fraction
     "The objectives of baselines at wanted active fractions."
-    for name in names:
-        if name not in baselines:
-            hint = did_you_mean(name, baselines)
-            raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
+    for name in names: find_baseline(name)   # before anything is computed
     folds = training_folds(problem)
     for fold in folds: fold.unpruned   # once for all baselines
     tasks = [joblib.delayed(_prune)(name, fold, fractions) for name in names for fold in folds]
@@ -362,7 +368,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #cell87
+# %% ../nbs/16_baselines.ipynb #cell88
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
