@@ -6,7 +6,7 @@
 __all__ = ['parameters', 'experiment_figures', 'packages', 'published', 'Parameter', 'parameter_errors', 'make_parameters',
            'given_parameters', 'collect_parameters', 'course_settings', 'package_commit', 'code_digests',
            'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'StudyImages', 'load_images',
-           'class_table', 'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
+           'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -553,19 +553,6 @@ def load_images(
     splits = protocol_splits(images, p.protocol, p.folds, p.seed, p.split)
     others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
-
-# %% ../nbs/22_study.ipynb #cell77
-def class_table(
-    images:ImageSet,
-    most:int = 20,     # classes with a row of their own
-) -> pd.DataFrame:     # column images, a row a class
-    "How many images each class has; what is over `most` classes, in one row."
-    counts = np.bincount(images.labels, minlength=len(images.classes))
-    table = pd.DataFrame(dict(images=counts), index=pd.Index(images.classes, name="class"))
-    if len(table) <= most: return table
-    rest = table.iloc[most:]
-    table.loc[f"and {len(rest)} more classes"] = rest.images.sum()
-    return table.iloc[[*range(most), -1]]
 
 # %% ../nbs/22_study.ipynb #cell80
 def load_features(
