@@ -267,6 +267,14 @@ def shared_cache():
         shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    "Whatever is imported at the first use, since another user may not be able to read it."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEVO_CACHE", str(tmp_path_factory.mktemp("first")))
+        cached_features(drawn("first", []), "timm:resnet10t", "none")
+
+
 @contextmanager
 def as_user(uid):
     "Act as another user of the group; without the right to do so, as oneself."
@@ -291,7 +299,7 @@ def drawn(name, asked):
     return ImageSet(name, ("a", "b"), np.arange(6) % 2, draw, 32, digest(name))
 
 
-def test_two_users_share_a_cache(monkeypatch):
+def test_two_users_share_a_cache(imported, monkeypatch):
     asked = []
     with shared_cache() as cache:
         monkeypatch.setenv("MOEVO_CACHE", str(cache))
@@ -304,7 +312,7 @@ def test_two_users_share_a_cache(monkeypatch):
         assert files and all(path.stat().st_mode & 0o660 == 0o660 for path in files)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(monkeypatch):
+def test_a_file_that_may_not_be_read_is_not_called_damaged(imported, monkeypatch):
     asked = []
     with shared_cache() as cache:
         monkeypatch.setenv("MOEVO_CACHE", str(cache))
@@ -317,7 +325,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(monkeypatch):
     assert len(asked) == 6
 
 
-def test_a_cache_that_cannot_be_written_serves_what_it_holds(monkeypatch):
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(imported, monkeypatch):
     asked = []
     with shared_cache() as cache:
         monkeypatch.setenv("MOEVO_CACHE", str(cache))
