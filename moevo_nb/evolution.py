@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['algorithms', 'SearchConfig', 'nsga2', 'spea2', 'smsemoa', 'agemoea2', 'PymooAlgorithm', 'RandomAlgorithm',
-           'EvoPruneDeepTL', 'Search', 'evolve', 'run_names', 'run_searches', 'search_strategy']
+           'EvoPruneDeepTL', 'search_memory', 'check_search_size', 'Search', 'evolve', 'run_names', 'run_searches',
+           'search_strategy']
 
 # %% ../nbs/13_evolution.ipynb #cell3
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import psutil
 from pymoo.algorithms.moo.age2 import AGEMOEA2, AGEMOEA2Survival
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.algorithms.moo.nsga3 import HyperplaneNormalization
@@ -26,7 +28,7 @@ from .evaluation import Evaluator, Problem
 from .operators import BlindVariation, InformedVariation, importance
 from .pareto import minimised, objectives
 from .store import explain_mismatch, run_locks
-from .surrogate import Evaluated, select_offspring
+from .surrogate import Evaluated, remembered_masks, select_offspring
 from .system import did_you_mean, digest, graceful_interrupt
 
 # %% ../nbs/13_evolution.ipynb #cell6
@@ -178,6 +180,44 @@ algorithms = {
 }
 
 # %% ../nbs/13_evolution.ipynb #cell29
+def search_memory(
+    n_neurons:int,
+    n_evals:int = 200,
+    pop_size:int = 30,
+    n_offsprings:int = 2,
+    runs:int = 1,            # in lock step
+    informed:bool = True,    # with a surrogate
+) -> dict:                   # parameter -> bytes that grow with it; their sum is what it takes
+    "About how much memory a search takes."
+    made, evaluated = 16 * n_neurons + 1000, 2 * n_neurons + 4000
+    candidates = max(100, 10 * n_offsprings) if informed else n_offsprings
+    found = dict(n_evals=runs * n_evals * evaluated, pop_size=runs * pop_size * made,
+                 n_offsprings=runs * candidates * made)
+    if informed:
+        found["n_offsprings"] += candidates * (24 * n_neurons + 20_000)
+        found["runs"] = 16 * runs * remembered_masks**2 + 24 * remembered_masks * n_neurons
+    return found
+
+# %% ../nbs/13_evolution.ipynb #cell31
+def check_search_size(
+    n_neurons:int,
+    n_evals:int = 200,
+    pop_size:int = 30,
+    n_offsprings:int = 2,
+    runs:int = 1,            # in lock step
+    informed:bool = True,    # with a surrogate
+):
+    "Error: a search that does not fit into the memory that is available."
+    parts = search_memory(n_neurons, n_evals, pop_size, n_offsprings, runs, informed)
+    needed, available = sum(parts.values()), psutil.virtual_memory().available
+    if needed > available:
+        most = max(parts, key=parts.get)
+        raise ValueError(
+            f"n_evals = {n_evals}, pop_size = {pop_size}, n_offsprings = {n_offsprings} and "
+            f"runs = {runs} take about {needed / 2**30:,.1f} GiB of memory for masks of "
+            f"{n_neurons} neurons; {available / 2**30:,.1f} GiB are available: lower {most}.")
+
+# %% ../nbs/13_evolution.ipynb #cell34
 def _check_search(variation, algorithm, numbers, arrays):
     "Errors: an unknown algorithm, a number out of range, an array for other neurons."
     if algorithm not in algorithms:
@@ -193,7 +233,7 @@ def _check_search(variation, algorithm, numbers, arrays):
             raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons "
                              "on its last axis are expected.")
 
-# %% ../nbs/13_evolution.ipynb #cell30
+# %% ../nbs/13_evolution.ipynb #cell35
 class Search:
     "One run: a pure function of its seed, of its settings, and of the objectives that it is told."
     def __init__(
@@ -210,6 +250,8 @@ class Search:
         numbers = dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed)
         arrays = dict(surrogate=surrogate, initial=initial)
         _check_search(variation, algorithm, numbers, arrays)
+        check_search_size(variation.n_neurons, n_evals, pop_size, n_offsprings,
+                          informed=surrogate is not None)
         given = {name: array for name, array in arrays.items() if array is not None}
         told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
@@ -235,7 +277,7 @@ class Search:
         if not self.masks: return [], None
         return np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)
 
-# %% ../nbs/13_evolution.ipynb #cell39
+# %% ../nbs/13_evolution.ipynb #cell46
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -253,7 +295,7 @@ def evolve(
         if on_step: on_step(searches)
     return [search.history() for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell47
+# %% ../nbs/13_evolution.ipynb #cell51
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -261,7 +303,7 @@ def run_names(
     "The names of runs."
     return [f"{evaluator.key[:16]}: {search.name}" for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell48
+# %% ../nbs/13_evolution.ipynb #cell52
 def run_searches(
     evaluator:Evaluator,
     searches:list,
@@ -297,7 +339,7 @@ def run_searches(
             for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/13_evolution.ipynb #cell58
+# %% ../nbs/13_evolution.ipynb #cell62
 def search_strategy(
     name:str,            # "paper" or "informed"
     problem:Problem,     # whose training images inform the search

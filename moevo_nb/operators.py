@@ -33,7 +33,7 @@ def importance(
     found = kind.carried([signal.astype(float).std(axis=0) for signal in signals], weights)
     return found / found.mean() if found.any() else np.ones(len(found))
 
-# %% ../nbs/11_operators.ipynb #cell13
+# %% ../nbs/11_operators.ipynb #cell15
 def log_weights(
     importance:np.ndarray,   # (n_neurons,), mean 1
     exponent:float,          # 0 draws blindly, 1 in proportion to importance
@@ -41,7 +41,7 @@ def log_weights(
     "Logarithm of (importance + 0.001) to a power; so no neuron is ruled out."
     return exponent * np.log(importance + 1e-3)
 
-# %% ../nbs/11_operators.ipynb #cell14
+# %% ../nbs/11_operators.ipynb #cell16
 def sample_mask(
     log_weights:np.ndarray,      # (n_neurons,); -inf is never drawn while others are left
     size:int,                    # active neurons
@@ -55,7 +55,7 @@ def sample_mask(
     mask[np.argpartition(keys, size - 1)[:size]] = True
     return mask
 
-# %% ../nbs/11_operators.ipynb #cell19
+# %% ../nbs/11_operators.ipynb #cell21
 @dataclass(frozen=True)
 class BlindVariation:
     "Masks made as in the paper, knowing nothing of the neurons."
@@ -78,7 +78,7 @@ class BlindVariation:
 
     def mutation(self): return BitflipMutation(prob=1.0, prob_var=1 / self.n_neurons)
 
-# %% ../nbs/11_operators.ipynb #cell27
+# %% ../nbs/11_operators.ipynb #cell29
 class SizedCrossover(Crossover):
     "Children between their parents' sizes, of their parents' neurons, drawn by importance."
     def __init__(
@@ -99,7 +99,7 @@ class SizedCrossover(Crossover):
         size = min(round(np.exp(rng.uniform(low, high))), int(either.sum()))
         return sample_mask(np.where(either, self.log_weights, -np.inf), size, rng)
 
-# %% ../nbs/11_operators.ipynb #cell29
+# %% ../nbs/11_operators.ipynb #cell31
 class SizedMutation(Mutation):
     "Another size near by, and some neurons exchanged, by importance."
     def __init__(
@@ -123,7 +123,7 @@ class SizedMutation(Mutation):
         missing = size - int(kept.sum())
         return kept | sample_mask(np.where(kept, -np.inf, self.log_weights), missing, rng)
 
-# %% ../nbs/11_operators.ipynb #cell31
+# %% ../nbs/11_operators.ipynb #cell33
 @dataclass(frozen=True)
 class InformedVariation:
     "Masks made by the importance of neurons, at all sizes alike."
