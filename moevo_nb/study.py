@@ -31,13 +31,13 @@ import torch
 
 import moevo_nb
 
-from .backbone import cached_features, weights_file
+from .backbone import backbones, cached_features, weights_file
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
     ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
-from .encoding import encodings
+from .encoding import encodings, find_encoding
 from .evaluation import Problem, connect_dask
-from .evolution import algorithms
+from .evolution import algorithms, check_search_size
 from .head import presets
 from .pareto import hypervolume
 from .robustness import detectors
@@ -146,11 +146,19 @@ def _check_memory(p):
                          f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
                          "available: ask for smaller images or fewer processes.")
 
+# %% ../nbs/22_study.ipynb #x
+def _check_search(p):
+    "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
+    n_features = backbones.get(p.backbone, {}).get("n_features", 512)
+    check_search_size(find_encoding(p.encoding).n_neurons(n_features, 2), p.n_evals, p.pop_size,
+                      p.n_offsprings, p.runs, informed=p.search == "informed")
+
 # %% ../nbs/22_study.ipynb #cell19
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds, p.split)
     _check_memory(p)
+    _check_search(p)
     locate(p.dataset)
     ood_names(p.dataset, p.ood)
     if classes := class_names(p.dataset): held_out_classes(classes, p.ood, p.seed)
@@ -314,7 +322,7 @@ def results_folder(
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
                       "neurons", "cams", "pointing", "ensembles")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
-            "scikit-learn", "pandas", "pillow")   # whose versions a result names
+            "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
 # %% ../nbs/22_study.ipynb #cell47
 _holders = {}   # folder -> the run of this process that holds it
