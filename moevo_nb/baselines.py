@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ from .evaluation import Evaluator, Problem, measure
 from .head import Head, OutputLayer, PrimalLayer, fit_head, train_layers
 from .pareto import objectives
 from .store import Store
-from .system import did_you_mean, one_thread
+from .system import did_you_mean, one_thread, run_parallel
 
 # %% ../nbs/16_baselines.ipynb #cell6
 @dataclass(frozen=True)
@@ -357,8 +356,8 @@ def measure_baselines(
     for name in names: find_baseline(name)   # before anything is computed
     folds = training_folds(problem)
     for fold in folds: fold.unpruned   # once for all baselines
-    tasks = [joblib.delayed(_prune)(name, fold, fractions) for name in names for fold in folds]
-    pruned, tables = iter(joblib.Parallel(n_jobs=n_jobs)(tasks)), {}
+    tasks = ((name, fold, fractions) for name in names for fold in folds)
+    pruned, tables = run_parallel(_prune, tasks, n_jobs), {}
     evaluate = Evaluator(problem, store, n_jobs)
     for name in names:
         masks, heads = zip(*(next(pruned) for _ in folds))
