@@ -112,7 +112,8 @@ class PymooAlgorithm:
         self.asked = self.algorithm.ask()
         if self.evaluated and self.evaluated.masks:
             made = self.asked.get("X").astype(bool)
-            self.asked = self.asked[select_offspring(self.config.n_offsprings, made, self.evaluated)]
+            chosen = select_offspring(self.config.n_offsprings, made, self.evaluated)
+            self.asked = self.asked[chosen]
         return self.asked.get("X").astype(bool)
 
     def tell(self, table):
