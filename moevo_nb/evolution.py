@@ -201,22 +201,16 @@ def search_memory(
 
 # %% ../nbs/13_evolution.ipynb #cell31
 def check_search_size(
-    n_neurons:int,
-    n_evals:int = 200,
-    pop_size:int = 30,
-    n_offsprings:int = 2,
-    runs:int = 1,            # in lock step
-    informed:bool = True,    # with a surrogate
+    **sizes,   # as `search_memory` takes them
 ):
     "Error: a search that does not fit into the memory that is available."
-    parts = search_memory(n_neurons, n_evals, pop_size, n_offsprings, runs, informed)
+    parts = search_memory(**sizes)
     needed, available = sum(parts.values()), psutil.virtual_memory().available
     if needed > available:
-        most = max(parts, key=parts.get)
-        raise ValueError(
-            f"n_evals = {n_evals}, pop_size = {pop_size}, n_offsprings = {n_offsprings} and "
-            f"runs = {runs} take about {needed / 2**30:,.1f} GiB of memory for masks of "
-            f"{n_neurons} neurons; {available / 2**30:,.1f} GiB are available: lower {most}.")
+        told = ", ".join(f"{name} = {value}" for name, value in sizes.items())
+        raise ValueError(f"a search with {told} takes about {needed / 2**30:,.1f} GiB of memory; "
+                         f"{available / 2**30:,.1f} GiB are available: "
+                         f"lower {max(parts, key=parts.get)}.")
 
 # %% ../nbs/13_evolution.ipynb #cell34
 def _check_search(variation, algorithm, numbers, arrays):
@@ -251,8 +245,9 @@ class Search:
         numbers = dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed)
         arrays = dict(surrogate=surrogate, initial=initial)
         _check_search(variation, algorithm, numbers, arrays)
-        check_search_size(variation.n_neurons, n_evals, pop_size, n_offsprings,
-                          informed=surrogate is not None)
+        check_search_size(
+            n_neurons=variation.n_neurons, n_evals=n_evals, pop_size=pop_size,
+            n_offsprings=n_offsprings, informed=surrogate is not None)
         given = {name: array for name, array in arrays.items() if array is not None}
         told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"

@@ -150,8 +150,10 @@ def _check_memory(p):
 def _check_search(p):
     "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
     n_features = backbones.get(p.backbone, {}).get("n_features", 512)
-    check_search_size(find_encoding(p.encoding).n_neurons(n_features, 2), p.n_evals, p.pop_size,
-                      p.n_offsprings, p.runs, informed=p.search == "informed")
+    check_search_size(
+        n_neurons=find_encoding(p.encoding).n_neurons(n_features, 2), n_evals=p.n_evals,
+        pop_size=p.pop_size, n_offsprings=p.n_offsprings, runs=p.runs,
+        informed=p.search == "informed")
 
 # %% ../nbs/22_study.ipynb #cell19
 def _check_availability(p):
