@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['algorithms', 'SearchConfig', 'nsga2', 'spea2', 'smsemoa', 'agemoea2', 'PymooAlgorithm', 'RandomAlgorithm',
-           'EvoPruneDeepTL', 'search_memory', 'check_search_size', 'Search', 'evolve', 'run_names', 'run_searches',
-           'search_strategy']
+           'EvoPruneDeepTL', 'SparseEA', 'search_memory', 'check_search_size', 'Search', 'evolve', 'run_names',
+           'run_searches', 'search_strategy']
 
 # %% ../nbs/13_evolution.ipynb #cell3
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,12 +20,14 @@ from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.algorithms.moo.nsga3 import HyperplaneNormalization
 from pymoo.algorithms.moo.sms import SMSEMOA, LeastHypervolumeContributionSurvival
 from pymoo.algorithms.moo.spea2 import SPEA2, SPEA2Survival
+from pymoo.core.population import Population
 from pymoo.core.problem import Problem as PymooProblem
 from pymoo.core.termination import NoTermination
 from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from .evaluation import Evaluator, Problem
-from .operators import BlindVariation, InformedVariation, importance
+from .operators import BlindVariation, InformedVariation, ScoredVariation, importance
 from .pareto import minimised, objectives
 from .store import explain_mismatch, run_locks
 from .surrogate import Evaluated, remembered_masks, select_offspring
@@ -39,6 +41,7 @@ class SearchConfig:
     pop_size:int = 30                            # masks in the population
     n_offsprings:int = 2                         # masks a step, after the first population
     seed:int = 0
+    n_evals:int = 200                            # masks to ask for, repeated ones included
     surrogate:np.ndarray|None = None             # importance in its kernel; None: no surrogate
     initial:np.ndarray|None = None               # first masks; the strategy makes what is missing
 
@@ -142,35 +145,91 @@ class EvoPruneDeepTL:
     "A steady-state genetic algorithm for accuracy."
     def __init__(self, config):
         self.config, self.rng = config, np.random.default_rng([config.seed, 2])
-        self.population = np.empty((0, config.variation.n_neurons), bool)
+        self.population, self.known = None, {}   # accuracy of each mask that was evaluated
 
     def ask(self):
-        "The next masks."
-        n = self.config.n_offsprings
-        if not len(self.population): self.asked = self.config.first_masks()
-        else: self.asked = np.concatenate([self.children() for _ in range(-(-n // 2))])[:n]
+        "The next masks: children that are not known yet."
+        if self.population is None:
+            self.asked = self.config.first_masks()
+            return self.asked
+        for _ in range(1000):
+            self.pairs = [self.children() for _ in range(-(-self.config.n_offsprings // 2))]
+            children = np.concatenate(self.pairs)
+            new = {mask.tobytes(): mask for mask in children if mask.tobytes() not in self.known}
+            if new: break
+            self.insert()
+        self.asked = np.array(list(new.values())) if new else children
         return self.asked
 
     def children(self):
-        "Two masks of two parents."
-        candidates = self.population[self.rng.integers(len(self.population), size=4)]
-        mother = candidates[0]
-        father = max(candidates[1:], key=lambda mate: (mate != mother).sum())
+        "Two masks of two parents, (2, n_neurons)."
+        mother, *mates = self.population[self.rng.permutation(len(self.population))[:4]]
+        father = max(mates, key=lambda mate: (mate != mother).sum())
         swap = self.rng.random(len(mother)) < 0.5
         pair = np.array([np.where(swap, father, mother), np.where(swap, mother, father)])
-        for child in pair:
-            if self.rng.random() < 0.07: child[self.rng.integers(len(child))] ^= True
+        if self.rng.random() < 0.07:
+            for child in pair: child[self.rng.integers(len(child))] ^= True
         return pair
+
+    def insert(self):
+        "Put children into the places of the worst, where they are more accurate."
+        for pair in self.pairs:
+            self.sort()
+            place = len(self.accuracy) - 1
+            for child in pair:
+                accuracy = self.known[child.tobytes()]
+                if accuracy > self.accuracy[place]:
+                    self.population[place], self.accuracy[place] = child, accuracy
+                    place -= 1
+            self.sort()
+            self.population[-1], self.accuracy[-1] = self.population[0], self.accuracy[0]
+
+    def sort(self):
+        "Bring the best to the front: the more accurate, and of equals the smaller."
+        order = np.lexsort([self.population.sum(axis=1), -self.accuracy])
+        self.population, self.accuracy = self.population[order], self.accuracy[order]
 
     def tell(self, table):
         "The objectives of what was asked for."
-        fitness = table[["accuracy", "active_fraction"]]
-        if len(self.population): fitness = pd.concat([self.fitness, fitness], ignore_index=True)
-        masks = np.concatenate([self.population, self.asked[:len(table)]])
-        best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.config.pop_size]
-        self.population, self.fitness = masks[best], fitness.iloc[best]
+        self.known |= {mask.tobytes(): a for mask, a in zip(self.asked, table.accuracy)}
+        if self.population is not None: return self.insert()
+        self.population, self.accuracy = self.asked.copy(), table.accuracy.to_numpy(copy=True)
 
-# %% ../nbs/13_evolution.ipynb #cell27
+# %% ../nbs/13_evolution.ipynb #cell29
+class SparseEA:
+    "Scores of neurons, from masks of a group of them each; then NSGA-II by these scores."
+    def __init__(self, config):
+        self.config, self.search = config, None
+        n, rng = config.variation.n_neurons, np.random.default_rng([config.seed, 4])
+        n_groups = max(1, min(n, config.n_evals // 3))
+        self.group = rng.permutation(np.arange(n) % n_groups)   # of each neuron
+        self.scoring = Population.new("X", self.group == np.arange(n_groups)[:, None])
+
+    def ask(self):
+        "The next masks."
+        return self.search.ask() if self.search else self.scoring.get("X")
+
+    def tell(self, table):
+        "The objectives of what was asked for."
+        if self.search is None: return self.begin(table)
+        self.search.tell(table)
+        if not len(self.scoring): return
+        algorithm = self.search.algorithm
+        both = Population.merge(algorithm.pop, self.scoring)
+        algorithm.pop = algorithm.survival.do(
+            algorithm.problem, both, n_survive=self.config.pop_size, algorithm=algorithm,
+            random_state=algorithm.random_state)   # it breaks ties at random
+        self.scoring = Population()
+
+    def begin(self, table):
+        "Start the search by scores, given the objectives of each group."
+        self.scoring.set("F", minimised(table))
+        _, front = NonDominatedSorting().do(self.scoring.get("F"), return_rank=True)
+        by_scores = ScoredVariation(front[self.group])
+        self.search = PymooAlgorithm(nsga2, replace(self.config, variation=by_scores))
+        if self.search.evaluated: self.search.evaluated.add(self.scoring.get("X"), table)
+
+# %% ../nbs/13_evolution.ipynb #cell34
 algorithms = {
     "nsga2": partial(PymooAlgorithm, nsga2),
     "spea2": partial(PymooAlgorithm, spea2),
@@ -178,9 +237,10 @@ algorithms = {
     "agemoea2": partial(PymooAlgorithm, agemoea2),
     "random": RandomAlgorithm,
     "evoprunedeeptl": EvoPruneDeepTL,
+    "sparseea": SparseEA,
 }
 
-# %% ../nbs/13_evolution.ipynb #cell29
+# %% ../nbs/13_evolution.ipynb #cell36
 def search_memory(
     n_neurons:int,
     n_evals:int = 200,
@@ -199,7 +259,7 @@ def search_memory(
         found["runs"] = 16 * runs * remembered_masks**2 + 24 * remembered_masks * n_neurons
     return found
 
-# %% ../nbs/13_evolution.ipynb #cell31
+# %% ../nbs/13_evolution.ipynb #cell38
 def check_search_size(
     **sizes,   # as `search_memory` takes them
 ):
@@ -212,7 +272,7 @@ def check_search_size(
                          f"{available / 2**30:,.1f} GiB are available: "
                          f"lower {max(parts, key=parts.get)}.")
 
-# %% ../nbs/13_evolution.ipynb #cell34
+# %% ../nbs/13_evolution.ipynb #cell41
 def _check_search(variation, algorithm, numbers, arrays):
     "Errors: an unknown algorithm, a number out of range, an array for other neurons."
     if algorithm not in algorithms:
@@ -228,7 +288,7 @@ def _check_search(variation, algorithm, numbers, arrays):
             raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons "
                              "on its last axis are expected.")
 
-# %% ../nbs/13_evolution.ipynb #cell35
+# %% ../nbs/13_evolution.ipynb #cell42
 class Search:
     "One run: a pure function of its seed, of its settings, and of the objectives that it is told."
     def __init__(
@@ -253,7 +313,8 @@ class Search:
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
         self.name = ", ".join([course, *told, f"seed {seed}"])
         self.n_evals, self.left, self.masks, self.tables = n_evals, n_evals, [], []
-        config = SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, initial)
+        config = SearchConfig(
+            variation, pop_size, n_offsprings, seed, n_evals, surrogate, initial)
         self.steps = algorithms[algorithm](config)
 
     def ask(self):
@@ -273,7 +334,7 @@ class Search:
         if not self.masks: return [], None
         return np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)
 
-# %% ../nbs/13_evolution.ipynb #cell46
+# %% ../nbs/13_evolution.ipynb #cell53
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -291,7 +352,7 @@ def evolve(
         if on_step: on_step(searches)
     return [search.history() for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell51
+# %% ../nbs/13_evolution.ipynb #cell58
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -299,7 +360,7 @@ def run_names(
     "The names of runs."
     return [f"{evaluator.key[:16]}: {search.name}" for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell52
+# %% ../nbs/13_evolution.ipynb #cell59
 def run_searches(
     evaluator:Evaluator,
     searches:list,
@@ -335,7 +396,7 @@ def run_searches(
             for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/13_evolution.ipynb #cell62
+# %% ../nbs/13_evolution.ipynb #cell69
 def search_strategy(
     name:str,            # "paper" or "informed"
     problem:Problem,     # whose training images inform the search
