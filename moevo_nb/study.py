@@ -86,7 +86,7 @@ parameters = {
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
     "algorithm": _one_of(
-        "nsga2", "nsga2, spea2, smsemoa, agemoea2, random or evoprunedeeptl", *algorithms),
+        "nsga2", "nsga2, spea2, smsemoa, agemoea2, random, sparseea or evoprunedeeptl", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
     "n_offsprings": _at_least(2, "masks a step, after the first population", 1),
     "n_evals": _at_least(200, "masks evaluated by each run, repeated ones included", 1),
