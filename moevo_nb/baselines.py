@@ -366,17 +366,20 @@ def plot_baseline(
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
     unpruned:dict,           # objectives of the unpruned network
     label:str,               # name of the baseline
+    neurons:str = "neurons", # what masks switch, for labels
 ) -> np.ndarray:             # the axes drawn on, one for each objective but the active fraction
     "A front and a baseline, against the fraction of active neurons."
     judged = [name for name, objective in objectives.items() if objective.of_mask is None]
     fig, axes = plt.subplots(1, len(judged), figsize=(3.6 * len(judged), 2.8), squeeze=False)
-    members, ticks = front[front.active_fraction > 0], (0.3, 1, 3, 10, 30, 100)
+    members = front[front.active_fraction > 0]
+    smallest = 100 * min(members.active_fraction.min(), baseline.active_fraction.min(), 0.003)
+    ticks = [tick for tick in (0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 100) if tick >= smallest]
     for ax, name in zip(axes[0], judged):
         scale = objectives[name].scale
         ax.plot(100 * members.active_fraction, scale * members[name], "o", ms=4, label="front")
         ax.plot(100 * baseline.active_fraction, scale * baseline[name], "s-", ms=4, label=label)
         ax.axhline(scale * unpruned[name], color="k", ls="--", lw=1, label="unpruned")
-        ax.set(xlabel=objectives["active_fraction"].axis, ylabel=objectives[name].axis)
+        ax.set(xlabel=objectives["active_fraction"].of(neurons).axis, ylabel=objectives[name].axis)
         ax.set(xscale="log", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
     axes[0, 0].legend(loc="lower right")

@@ -110,6 +110,10 @@ class NeuronEncoding:
         "Whether each mask uses what is explained: its neurons, bool (n_masks, n_neurons)."
         return masks
 
+    def mapped(self, uses):
+        "What has a map: pooled features, and units that a mask uses."
+        return np.flatnonzero(uses.any(axis=0) | (max(self.masked) == 0))
+
     def targets(self, neurons, n_features):
         "What an explanation of each neuron looks at: its layer, and its place in it."
         sizes = self.sizes(n_features)
@@ -167,6 +171,10 @@ class ConnectionEncoding:
     def uses(self, masks, n_features):
         "How far each mask uses each input: the fraction of its connections that are active."
         return np.array([mask.reshape(n_features, n_units).mean(axis=1) for mask in masks])
+
+    def mapped(self, uses):
+        "What has a map: all inputs."
+        return np.arange(uses.shape[1])
 
     def targets(self, neurons, n_features):
         "What an explanation of each input looks at: the pooled feature."

@@ -75,7 +75,8 @@ parameters = {
     "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
     "image_size": Parameter(
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
-    "encoding": _one_of("features", "what a mask switches; only features so far", "features"),
+    "encoding": _one_of(
+        "features", "features, units, two_layers_first/second/both or connections", *encodings),
     "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
@@ -146,7 +147,7 @@ def _check_memory(p):
                          f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
                          "available: ask for smaller images or fewer processes.")
 
-# %% ../nbs/22_study.ipynb #x
+# %% ../nbs/22_study.ipynb #cell19
 def _check_search(p):
     "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
     n_features = backbones.get(p.backbone, {}).get("n_features", 512)
@@ -155,7 +156,7 @@ def _check_search(p):
         pop_size=p.pop_size, n_offsprings=p.n_offsprings, runs=p.runs,
         informed=p.search == "informed")
 
-# %% ../nbs/22_study.ipynb #cell19
+# %% ../nbs/22_study.ipynb #cell20
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds, p.split)
@@ -174,7 +175,7 @@ def _check_availability(p):
                          f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell20
+# %% ../nbs/22_study.ipynb #cell21
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
@@ -187,7 +188,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cell22
+# %% ../nbs/22_study.ipynb #cell23
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -201,7 +202,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell24
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -210,7 +211,7 @@ def _last_assigned(inputs):
         elif names: break
     return names
 
-# %% ../nbs/22_study.ipynb #cell25
+# %% ../nbs/22_study.ipynb #cell26
 def given_parameters(
     namespace:dict,       # a notebook's `globals()`
     known = parameters,   # names of its parameters
@@ -223,7 +224,7 @@ def given_parameters(
     return {name: value for name, value in plain.items()
             if name in known or not assigned or name in assigned}
 
-# %% ../nbs/22_study.ipynb #cell30
+# %% ../nbs/22_study.ipynb #cell31
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     names:str,          # of its parameters, separated by spaces
@@ -236,7 +237,7 @@ def collect_parameters(
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell33
+# %% ../nbs/22_study.ipynb #cell34
 def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
@@ -244,7 +245,7 @@ def course_settings(
     others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
-# %% ../nbs/22_study.ipynb #cell36
+# %% ../nbs/22_study.ipynb #cell37
 def package_commit(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> str|None:
@@ -260,7 +261,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #cell38
+# %% ../nbs/22_study.ipynb #cell39
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -273,7 +274,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #cell41
+# %% ../nbs/22_study.ipynb #cell42
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -281,7 +282,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #cell42
+# %% ../nbs/22_study.ipynb #cell43
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -290,14 +291,14 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #cell43
+# %% ../nbs/22_study.ipynb #cell44
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
     if not _holds_another(folder, dataset): return folder
     return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
-# %% ../nbs/22_study.ipynb #cell44
+# %% ../nbs/22_study.ipynb #cell45
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
@@ -320,13 +321,13 @@ def results_folder(
     check_cache()
     return folder
 
-# %% ../nbs/22_study.ipynb #cell46
+# %% ../nbs/22_study.ipynb #cell47
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
                       "neurons", "cams", "pointing", "ensembles")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell47
+# %% ../nbs/22_study.ipynb #cell48
 _holders = {}   # folder -> the run of this process that holds it
 
 class _HeldFolder:
@@ -349,7 +350,7 @@ class _HeldFolder:
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #cell51
+# %% ../nbs/22_study.ipynb #cell52
 class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
@@ -436,7 +437,7 @@ class Run(_HeldFolder):
         with self.writing("result.json") as path: write_text(path, text)
         self.release()
 
-# %% ../nbs/22_study.ipynb #cell52
+# %% ../nbs/22_study.ipynb #cell53
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
@@ -452,7 +453,7 @@ def as_json(
     if isinstance(value, list): return [as_json(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
-# %% ../nbs/22_study.ipynb #cell65
+# %% ../nbs/22_study.ipynb #cell66
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -480,7 +481,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell68
+# %% ../nbs/22_study.ipynb #cell69
 class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
@@ -506,7 +507,7 @@ class SearchProgress(Progress):
         volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
-# %% ../nbs/22_study.ipynb #cell71
+# %% ../nbs/22_study.ipynb #cell72
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -552,7 +553,7 @@ class StudyImages:
             ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
         return dict(ood=ood, images=images)
 
-# %% ../nbs/22_study.ipynb #cell72
+# %% ../nbs/22_study.ipynb #cell73
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
@@ -564,7 +565,7 @@ def load_images(
     others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell80
+# %% ../nbs/22_study.ipynb #cell78
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -581,7 +582,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell81
+# %% ../nbs/22_study.ipynb #cell79
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -589,7 +590,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell82
+# %% ../nbs/22_study.ipynb #cell80
 def load_problems(
     p:SimpleNamespace,               # the parameters
     study:StudyImages|None = None,   # its images, if they are loaded already
@@ -614,7 +615,7 @@ def load_problems(
         selection=problem(study.search_splits, presets[p.report_preset]),
         report=problem(study.report_splits, presets[p.report_preset]))
 
-# %% ../nbs/22_study.ipynb #cell86
+# %% ../nbs/22_study.ipynb #cell84
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -629,18 +630,18 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell89
+# %% ../nbs/22_study.ipynb #cell87
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
-    names = "dataset", "backbone", "protocol", "search", "preset", "report_preset", "runs"
+    names = "dataset", "backbone", "encoding", "protocol", "search", "preset", "report_preset", "runs"
     given = dict(report_preset="paper") | given   # the only one until it became a parameter
     weights = Path(given["weights"]).name or "pretrained"
     folds = len(result["images"]["evaluation"])
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell90
+# %% ../nbs/22_study.ipynb #cell88
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -656,7 +657,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell93
+# %% ../nbs/22_study.ipynb #cell91
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
     "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
     "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),
