@@ -22,7 +22,7 @@ from sklearn.feature_selection import f_classif, mutual_info_classif
 
 from .encoding import NeuronEncoding, find_encoding
 from .evaluation import Evaluator, Problem, measure
-from .head import Head, OutputLayer, PrimalLayer, fit_head, train_layers
+from .head import Head, BiasedLayer, PrimalLayer, fit_head, train_layers
 from .pareto import objectives
 from .store import Store
 from .system import did_you_mean, one_thread, run_parallel
@@ -108,19 +108,12 @@ def _masked_layers(fold, baseline):
     return kind.masked
 
 # %% ../nbs/16_baselines.ipynb #cell28
-def _signals(head, features):
-    "The inputs of each layer of an unpruned head: features, and activations of hidden units."
-    signals = [features]
-    for w in head.weights[:-1]: signals.append(np.maximum(signals[-1] @ w, 0))
-    return signals
-
-# %% ../nbs/16_baselines.ipynb #cell29
 def taylor_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,)
     "Mean change of an image's loss, to first order, if a neuron were removed."
     layers, head = _masked_layers(fold, "the Taylor expansion"), fold.unpruned
-    signals = _signals(head, fold.features)
+    signals = head.signals(fold.features)
     probabilities = softmax(signals[-1] @ head.weights[-1] + head.bias, axis=1)
     grad = probabilities - np.eye(fold.n_classes)[fold.labels]
     scores = []
@@ -130,7 +123,7 @@ def taylor_scores(
         grad = grad * (signal > 0)
     return np.concatenate([scores[layer] for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #cell35
+# %% ../nbs/16_baselines.ipynb #cell34
 def elimination_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,), distinct
@@ -149,14 +142,14 @@ def elimination_scores(
     scores[mask] = fold.n_neurons - 1
     return scores
 
-# %% ../nbs/16_baselines.ipynb #cell39
+# %% ../nbs/16_baselines.ipynb #cell38
 def _filter_scores(fold, baseline, score):
     "Scores of the neurons that a mask covers, by their values on the training images."
     layers = _masked_layers(fold, baseline)
-    signals = _signals(fold.unpruned, fold.features) if max(layers) else [fold.features]
+    signals = fold.unpruned.signals(fold.features) if max(layers) else [fold.features]
     return np.concatenate([score(signals[layer]) for layer in layers])
 
-# %% ../nbs/16_baselines.ipynb #cell40
+# %% ../nbs/16_baselines.ipynb #cell39
 def anova_scores(
     fold:TrainingFold,
 ) -> np.ndarray:        # (n_neurons,); 0 for a neuron of constant value
@@ -168,7 +161,7 @@ def anova_scores(
         return found
     return _filter_scores(fold, "the analysis of variance", score)
 
-# %% ../nbs/16_baselines.ipynb #cell41
+# %% ../nbs/16_baselines.ipynb #cell40
 def information_scores(
     fold:TrainingFold,
     n_bins:int = 10,     # of equally many images
@@ -180,7 +173,7 @@ def information_scores(
         return mutual_info_classif(np.transpose(bins), fold.labels, discrete_features=True)
     return _filter_scores(fold, "mutual information", score)
 
-# %% ../nbs/16_baselines.ipynb #cell47
+# %% ../nbs/16_baselines.ipynb #cell46
 class _ShrinkingLayer(PrimalLayer):
     "A first layer whose groups of weights are shortened after each step."
     def __init__(self, x, weights, axis):
@@ -195,18 +188,18 @@ class _ShrinkingLayer(PrimalLayer):
         norms = np.maximum(self.norms(), np.finfo(np.float32).tiny)
         self.w *= np.maximum(1 - np.float32(rate * self.penalty) / norms, 0)
 
-# %% ../nbs/16_baselines.ipynb #cell50
+# %% ../nbs/16_baselines.ipynb #cell49
 def _trained_layers(fold, make_first, baseline):
     "The layers of the unpruned head, to be trained on. Error: it has two hidden ones."
     if find_encoding(fold.encoding).n_layers > 1:
         raise ValueError(f"{baseline} is for heads with one hidden layer: use another encoding "
                          f"than {fold.encoding}, such as 'features' or 'units'.")
     hidden, output = fold.unpruned.weights
-    last = OutputLayer(output)
+    last = BiasedLayer(output)
     last.w[-1] = fold.unpruned.bias
     return [make_first(np.ascontiguousarray(fold.features), hidden), last]
 
-# %% ../nbs/16_baselines.ipynb #cell51
+# %% ../nbs/16_baselines.ipynb #cell50
 def lasso_scores(
     fold:TrainingFold,
     growth:float = 1.1,    # of the penalty, each epoch
@@ -226,7 +219,7 @@ def lasso_scores(
         first.penalty *= growth
     return scores
 
-# %% ../nbs/16_baselines.ipynb #cell54
+# %% ../nbs/16_baselines.ipynb #cell53
 def lassonet_scores(
     fold:TrainingFold,
     growth:float = 1.05,    # of the penalty, each step of the path
@@ -246,7 +239,7 @@ def lassonet_scores(
         net.path(scaled, fold.labels, disable_lambda_warning=True)
     return net.feature_importances_.numpy()
 
-# %% ../nbs/16_baselines.ipynb #cell57
+# %% ../nbs/16_baselines.ipynb #cell56
 def _keep_largest(weights, fraction, pruned):
     "Which weights, units or features have the largest hidden weights; the same for each weight."
     norms = {"weights": abs(weights).ravel(), "units": np.linalg.norm(weights, axis=0),
@@ -255,7 +248,7 @@ def _keep_largest(weights, fraction, pruned):
     mask = largest_masks(norms[None], [fraction])[0, 0]
     return mask, np.broadcast_to(mask.reshape(shape), weights.shape)
 
-# %% ../nbs/16_baselines.ipynb #cell58
+# %% ../nbs/16_baselines.ipynb #cell57
 def post_hoc_heads(
     fold:TrainingFold,
     fractions:list,              # active fractions, each in [0, 1]
@@ -270,7 +263,7 @@ def post_hoc_heads(
         heads.append((mask, replace(fold.unpruned, weights=[hidden * kept, output])))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #cell64
+# %% ../nbs/16_baselines.ipynb #cell63
 def polynomial_fraction(
     passed:float,     # of the schedule, in [0, 1]
     final:float,      # active fraction at its end
@@ -280,7 +273,7 @@ def polynomial_fraction(
     start = max(start, final)
     return final + (start - final) * (1 - passed)**3
 
-# %% ../nbs/16_baselines.ipynb #cell66
+# %% ../nbs/16_baselines.ipynb #cell65
 def gradual_heads(
     fold:TrainingFold,
     fractions:list,            # active fractions, each in [0, 1]
@@ -302,14 +295,14 @@ def gradual_heads(
         heads.append((mask, replace(fold.unpruned, weights=weights, bias=bias)))
     return heads
 
-# %% ../nbs/16_baselines.ipynb #cell72
+# %% ../nbs/16_baselines.ipynb #cell71
 @dataclass(frozen=True)
 class Baseline:
     "A way of pruning without search."
     scores:Callable|None = None   # fold -> scores of neurons; heads are trained again
     heads:Callable|None = None    # (fold, fractions) -> (mask, head) for each fraction
 
-# %% ../nbs/16_baselines.ipynb #cell73
+# %% ../nbs/16_baselines.ipynb #cell72
 baselines = {
     "random": Baseline(random_scores),
     "largest weights": Baseline(magnitude_scores),
@@ -326,7 +319,7 @@ baselines = {
     "polynomial weights": Baseline(heads=partial(gradual_heads, pruned="weights")),
 }
 
-# %% ../nbs/16_baselines.ipynb #cell74
+# %% ../nbs/16_baselines.ipynb #cell73
 def find_baseline(
     name:str,    # a key of `baselines`
 ) -> Baseline:
@@ -335,7 +328,7 @@ def find_baseline(
     hint = did_you_mean(name, baselines)
     raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
 
-# %% ../nbs/16_baselines.ipynb #cell76
+# %% ../nbs/16_baselines.ipynb #cell75
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -344,7 +337,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #cell77
+# %% ../nbs/16_baselines.ipynb #cell76
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -367,23 +360,26 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #cell88
+# %% ../nbs/16_baselines.ipynb #cell87
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
     unpruned:dict,           # objectives of the unpruned network
     label:str,               # name of the baseline
+    neurons:str = "neurons", # what masks switch, for labels
 ) -> np.ndarray:             # the axes drawn on, one for each objective but the active fraction
     "A front and a baseline, against the fraction of active neurons."
     judged = [name for name, objective in objectives.items() if objective.of_mask is None]
     fig, axes = plt.subplots(1, len(judged), figsize=(3.6 * len(judged), 2.8), squeeze=False)
-    members, ticks = front[front.active_fraction > 0], (0.3, 1, 3, 10, 30, 100)
+    members = front[front.active_fraction > 0]
+    smallest = 100 * min(members.active_fraction.min(), baseline.active_fraction.min(), 0.003)
+    ticks = [tick for tick in (0.001, 0.01, 0.1, 0.3, 1, 3, 10, 30, 100) if tick >= smallest]
     for ax, name in zip(axes[0], judged):
         scale = objectives[name].scale
         ax.plot(100 * members.active_fraction, scale * members[name], "o", ms=4, label="front")
         ax.plot(100 * baseline.active_fraction, scale * baseline[name], "s-", ms=4, label=label)
         ax.axhline(scale * unpruned[name], color="k", ls="--", lw=1, label="unpruned")
-        ax.set(xlabel=objectives["active_fraction"].axis, ylabel=objectives[name].axis)
+        ax.set(xlabel=objectives["active_fraction"].of(neurons).axis, ylabel=objectives[name].axis)
         ax.set(xscale="log", xticks=ticks, xticklabels=ticks)
         ax.minorticks_off()
     axes[0, 0].legend(loc="lower right")

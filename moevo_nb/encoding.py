@@ -34,13 +34,30 @@ def initial_weights(
         weights[-1].setflags(write=False)
     return tuple(weights)
 
-# %% ../nbs/05_encoding.ipynb #cell10
+# %% ../nbs/05_encoding.ipynb #cell11
+def _side_by_side(parts):
+    "Values of the neurons of layers; of several layers, each relative to its mean."
+    if len(parts) == 1: return parts[0]
+    return np.concatenate([part / part.mean() if part.any() else part for part in parts])
+
+# %% ../nbs/05_encoding.ipynb #cell12
 @dataclass(frozen=True)
 class NeuronEncoding:
     "A mask over the neurons of one layer, or of several, one layer after the other."
     neurons:str     # what the mask switches, for labels
     n_layers:int    # hidden layers of the head
     masked:tuple    # the layers that the mask covers: 0 the inputs, 1 and 2 the hidden layers
+
+    @property
+    def explained(self):
+        "What an explanation looks at, for labels."
+        return self.neurons[:-1]
+
+    @property
+    def biased(self):
+        "The hidden layers that have a bias: those whose weights the mask does not cut."
+        cut = [max(1, layer) for layer in self.masked]
+        return [layer for layer in range(1, self.n_layers + 1) if layer not in cut]
 
     def n_neurons(self, n_features, n_classes):
         "Length of a mask."
@@ -82,65 +99,88 @@ class NeuronEncoding:
 
     def carried(self, deviations, weights):
         "How much the signal of each neuron differs between images, given that of each layer."
-        return np.concatenate([deviations[layer] for layer in self.masked])
+        return _side_by_side([deviations[layer] for layer in self.masked])
 
     def magnitudes(self, weights):
         "Norm of the weights that leave an input, or that enter a unit, (n_neurons,)."
         def norms(layer): return np.linalg.norm(weights[max(0, layer - 1)], axis=0 if layer else 1)
-        return np.concatenate([norms(layer) for layer in self.masked])
+        return _side_by_side([norms(layer) for layer in self.masked])
 
-    def targets(self, neurons, n_features, n_classes):
+    def uses(self, masks, n_features):
+        "Whether each mask uses what is explained: its neurons, bool (n_masks, n_neurons)."
+        return masks
+
+    def mapped(self, uses):
+        "What has a map: pooled features, and units that a mask uses."
+        return np.flatnonzero(uses.any(axis=0) | (max(self.masked) == 0))
+
+    def targets(self, neurons, n_features):
         "What an explanation of each neuron looks at: its layer, and its place in it."
         sizes = self.sizes(n_features)
         places = [(layer, k) for layer, size in zip(self.masked, sizes) for k in range(size)]
         return [places[n] for n in neurons]
 
-# %% ../nbs/05_encoding.ipynb #cell12
+    def place_in_head(self, mask, target, n_features):
+        "The place of a target among the neurons of its layer that a mask leaves."
+        layer, place = target
+        part = dict(self.by_layer(mask, n_features)).get(layer, np.ones(place, bool))
+        return int(part[:place].sum())
+
+# %% ../nbs/05_encoding.ipynb #cell14
 @dataclass(frozen=True)
 class ConnectionEncoding:
-    "A mask over the weights of the hidden layer, row by row, and then of the output layer."
+    "A mask over the weights of the hidden layer, row by row."
     neurons:str = "connections"   # what the mask switches, for labels
+    explained:str = "feature"     # what an explanation looks at, for labels
     n_layers:int = 1              # hidden layers of the head
+    biased:tuple = ()             # the hidden layers that have a bias
 
     def n_neurons(self, n_features, n_classes):
         "Length of a mask."
-        return (n_features + n_classes) * n_units
+        return n_features * n_units
 
-    def by_weight(self, mask, weights):
-        "The parts of a mask in the shapes of the weights; further axes of the mask come first."
-        size = weights[0].size if isinstance(weights[0], np.ndarray) else weights[0].numel()
-        parts = mask[..., :size], mask[..., size:]
-        return [part.reshape(*part.shape[:-1], *w.shape) for part, w in zip(parts, weights)]
+    def left(self, mask):
+        "Inputs and units that a mask leaves, and what it is between them."
+        table = mask.reshape(-1, n_units)
+        inputs, units = np.flatnonzero(table.any(axis=1)), np.flatnonzero(table.any(axis=0))
+        return inputs, units, table[np.ix_(inputs, units)]
 
     def masked_init(self, mask, weights):
-        "What a mask leaves: all inputs, weights with zeros, and the masks of the weights."
-        weight_masks = self.by_weight(mask, weights)
-        kept = [w * m for w, m in zip(weights, weight_masks)]
-        return np.arange(len(weights[0])), kept, weight_masks
+        "What a mask leaves: inputs, small weights with zeros, and the masks of the weights."
+        inputs, units, table = self.left(mask)
+        _, small = self.cut(mask, weights)
+        return inputs, [small[0] * table, small[1]], None if table.all() else [table, None]
 
     def weight_factors(self, masks, weights):
-        "Factors on the weights of many heads, for each layer (n_masks, n_in, n_out)."
-        return self.by_weight(masks, weights)
+        "Factors on the weights of many heads: (n_masks, n_in, n_out), and None for the output."
+        return [masks.reshape(len(masks), *weights[0].shape), None]
 
     def cut(self, mask, weights):
-        "Full-size weights stay as they are: active inputs, and weights."
-        return np.arange(len(weights[0])), [*weights]
+        "Full-size weights without inputs and units that have no connection."
+        inputs, units, _ = self.left(mask)
+        return inputs, [weights[0][np.ix_(inputs, units)], weights[1][units]]
 
     def carried(self, deviations, weights):
         "How much the signal of each connection differs between images: |w| times its input's."
-        return np.concatenate([(abs(w) * d[:, None]).ravel() for w, d in zip(weights, deviations)])
+        return (abs(weights[0]) * deviations[0][:, None]).ravel()
 
     def magnitudes(self, weights):
-        "Size of each weight, (n_neurons,)."
-        return np.concatenate([abs(w).ravel() for w in weights])
+        "Size of each weight of a head without mask, (n_neurons,)."
+        return abs(weights[0]).ravel()
 
-    def targets(self, neurons, n_features, n_classes):
-        "What an explanation of each connection looks at: the layer and the neuron that it leaves."
-        first = n_features * n_units   # connections of the hidden layer
-        def left(n): return (0, n // n_units) if n < first else (1, (n - first) // n_classes)
-        return [left(int(n)) for n in neurons]
+    def uses(self, masks, n_features):
+        "How far each mask uses each input: the fraction of its connections that are active."
+        return np.array([mask.reshape(n_features, n_units).mean(axis=1) for mask in masks])
 
-# %% ../nbs/05_encoding.ipynb #cell14
+    def mapped(self, uses):
+        "What has a map: all inputs."
+        return np.arange(uses.shape[1])
+
+    def targets(self, neurons, n_features):
+        "What an explanation of each input looks at: the pooled feature."
+        return [(0, int(n)) for n in neurons]
+
+# %% ../nbs/05_encoding.ipynb #cell16
 encodings = {
     "features":          NeuronEncoding("features", n_layers=1, masked=(0,)),
     "units":             NeuronEncoding("units", n_layers=1, masked=(1,)),
@@ -150,7 +190,7 @@ encodings = {
     "connections":       ConnectionEncoding(),
 }
 
-# %% ../nbs/05_encoding.ipynb #cell16
+# %% ../nbs/05_encoding.ipynb #cell18
 def find_encoding(
     name:str,   # a key of `encodings`
 ) -> NeuronEncoding|ConnectionEncoding:
@@ -159,7 +199,7 @@ def find_encoding(
     hint = did_you_mean(name, encodings)
     raise ValueError(f"unknown encoding {name!r}{hint}; known: {', '.join(encodings)}.")
 
-# %% ../nbs/05_encoding.ipynb #cell19
+# %% ../nbs/05_encoding.ipynb #cell21
 def check_mask(
     mask:np.ndarray,    # (n_neurons,)
     n_features:int,
@@ -172,7 +212,7 @@ def check_mask(
         raise ValueError(f"a mask over {encoding} has {wanted} neurons here, "
                          f"this one has {len(mask)}.")
 
-# %% ../nbs/05_encoding.ipynb #cell20
+# %% ../nbs/05_encoding.ipynb #cell22
 def masked_init(
     mask:np.ndarray,             # bool (n_neurons,)
     n_features:int,

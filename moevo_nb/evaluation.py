@@ -20,7 +20,7 @@ from .encoding import encodings, find_encoding
 from .head import fit_heads, presets
 from .pareto import active_fraction, measured_objectives, objectives
 from .robustness import auroc, detectors, fpr_at_tpr
-from .store import Store, software, to_hex
+from .store import Store, mask_name, software
 from .system import digest, one_thread
 
 # %% ../nbs/10_evaluation.ipynb #cell6
@@ -56,7 +56,7 @@ def problem_errors(
     return found
 
 # %% ../nbs/10_evaluation.ipynb #cell7
-solver_version = 4   # raise it when the same problem gives other objectives
+solver_version = 5   # raise it when the same problem gives other objectives
 
 @dataclass(frozen=True)
 class Problem:
@@ -245,7 +245,7 @@ class Evaluator:
         if shape[1:] not in ((n,), (n_folds, n)) or not len(masks):
             raise ValueError(f"masks have shape {shape}; expected (n_masks, {n}), or with one for "
                              f"each fold (n_masks, {n_folds}, {n}); at least one mask.")
-        unknown = {to_hex(m): m for m in masks if self.store.find(self.key, m) is None}
+        unknown = {mask_name(m): m for m in masks if self.store.find(self.key, m) is None}
         if unknown: self.train(np.array([*unknown.values()], bool))
         return pd.DataFrame([self.store.find(self.key, m) for m in masks])[list(objectives)]
 

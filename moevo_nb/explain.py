@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['neuron_frequency', 'top_neurons', 'frequency_null', 'excess_p_values', 'plot_neuron_frequency', 'frequency_table',
-           'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams',
-           'pooled_channels', 'upsample', 'fraction_on_object', 'pointing_game', 'plot_pointing', 'plot_cams']
+           'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams', 'unit_cams',
+           'explained_places', 'neuron_cams', 'upsample', 'fraction_on_object', 'pointing_game', 'plot_pointing',
+           'plot_cams']
 
 # %% ../nbs/14_explain.ipynb #cell3
 import difflib
@@ -19,16 +20,18 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .encoding import find_encoding
+from .head import Head
 from .pareto import objectives
 from .system import figure_text
 
 # %% ../nbs/14_explain.ipynb #cell6
 def neuron_frequency(
-    masks:np.ndarray,   # masks of the front's members, bool (n_masks, n_neurons)
+    masks:np.ndarray,   # of the front's members, bool (n_masks, n_neurons); or fractions of inputs
 ) -> np.ndarray:        # fraction of the members that use each neuron, in [0, 1], (n_neurons,)
     "Fraction of the members of a front in which each neuron is active."
     masks = np.asarray(masks)
-    if masks.dtype != bool or masks.ndim != 2 or not len(masks):
+    if masks.dtype not in (bool, float) or masks.ndim != 2 or not len(masks):
         raise ValueError("masks must be bool (n_masks, n_neurons) with at least one row, "
                          f"not {masks.dtype} {masks.shape}: cast with astype(bool), "
                          "and write one mask as mask[None]")
@@ -71,12 +74,14 @@ def excess_p_values(
     return (1 + as_large) / (1 + len(null))
 
 # %% ../nbs/14_explain.ipynb #cell31
-def _plot_frequency(ax, masks, neurons, null):
+def _plot_frequency(ax, masks, neurons, null, explained):
     "Bars of the frequencies under intervals of the null; returns the null's legend entry."
     rows = np.arange(len(neurons))
     ax.barh(rows, neuron_frequency(masks)[neurons], height=0.65, color="#8fbfdd")
-    ax.set(yticks=rows, yticklabels=neurons, ylabel="neuron", ylim=(len(rows) - 0.5, -0.5))
-    ax.set(xlabel=f"fraction of {len(masks)} members", xlim=(0, 1), xticks=[0, 0.5, 1])
+    ax.set(yticks=rows, yticklabels=neurons, ylabel=explained, ylim=(len(rows) - 0.5, -0.5))
+    if masks.dtype == bool:
+        ax.set(xlabel=f"fraction of {len(masks)} members", xlim=(0, 1), xticks=[0, 0.5, 1])
+    else: ax.set(xlabel="active connections", xlim=(0, None))
     if null is None: return {}
     low, middle, high = np.quantile(null[:, neurons], (0.025, 0.5, 0.975), axis=0)
     intervals = [middle - low, high - middle]
@@ -86,7 +91,7 @@ def _plot_frequency(ax, masks, neurons, null):
 # %% ../nbs/14_explain.ipynb #cell32
 def _plot_objective(ax, masks, neurons, values):
     "A box for each neuron over the members that use it; returns the median's legend entry."
-    used = [values[np.asarray(masks)[:, n]] for n in neurons]
+    used = [values[np.asarray(masks)[:, n] > 0] for n in neurons]
     ax.boxplot(used, positions=np.arange(len(neurons)), orientation="horizontal",
                widths=0.65, manage_ticks=False, patch_artist=True,
                boxprops={"facecolor": "#cfe3f1"}, flierprops={"markersize": 3},
@@ -100,19 +105,21 @@ def plot_neuron_frequency(
     table:pd.DataFrame,       # objectives of the same members, in the same order
     k:int = 10,               # how many neurons
     null:np.ndarray = None,   # as from `frequency_null`, (n_draws, n_neurons)
+    explained:str = "neuron", # what each row is, for labels
+    neurons:str = "neurons",  # what masks switch, for labels
 ) -> plt.Figure:
     "Frequency of the top neurons with its null, and the objectives of the members that use each."
     columns = list(objectives)
     if len(table) != len(masks) or not set(columns) <= set(table.columns):
         raise ValueError(f"the table must have the columns {columns} and one row for each of "
                          f"the {len(masks)} masks, not {list(table.columns)} and {len(table)} rows")
-    neurons = top_neurons(masks, k)
+    top = top_neurons(masks, k)
     size = 7.2, 0.8 + 0.21 * k
     fig, axes = plt.subplots(1, 1 + len(columns), sharey=True, figsize=size, layout="constrained")
-    null_entry = _plot_frequency(axes[0], masks, neurons, null)
+    null_entry = _plot_frequency(axes[0], masks, top, null, explained)
     for ax, column in zip(axes[1:], columns):
-        median_entry = _plot_objective(ax, masks, neurons, table[column].to_numpy())
-        ax.set_xlabel(objectives[column].label)
+        median_entry = _plot_objective(ax, masks, top, table[column].to_numpy())
+        ax.set_xlabel(objectives[column].of(neurons).label)
     entries = median_entry | null_entry
     fig.legend(entries.values(), entries, loc="outside upper right", ncols=2)
     return fig
@@ -131,7 +138,7 @@ def frequency_table(
     columns = dict(frequency=frequency[top], sampler=null.mean(axis=0)[top], p=p_values[top])
     found = pd.DataFrame(columns, index=pd.Index(top, name="neuron"))
     for name in objectives:
-        found[f"median_{name}"] = [table[name][masks[:, neuron]].median() for neuron in top]
+        found[f"median_{name}"] = [table[name][masks[:, neuron] > 0].median() for neuron in top]
     return found
 
 # %% ../nbs/14_explain.ipynb #cell41
@@ -252,17 +259,66 @@ def feature_cams(
     "Grad-CAM++ maps of pooled features without a backward pass, up to a positive factor each."
     return np.maximum(np.asarray(maps, dtype=np.float32)[:, np.asarray(neurons)], 0)
 
-# %% ../nbs/14_explain.ipynb #cell93
-def pooled_channels(
-    targets:list,   # (layer, index) of each neuron, as an encoding's `targets` gives them
-) -> list:          # indices of pooled features
-    "The channels whose maps explain neurons. Error: a neuron is not a pooled feature."
-    if any(layer for layer, _ in targets):
-        raise ValueError("hidden units have no map of their own: "
-                         "use grad_cam_pp with the unit as target.")
-    return [index for _, index in targets]
+# %% ../nbs/14_explain.ipynb #cell97
+class _UnitsOfHead(nn.Module):
+    "Feature maps to the activations of a hidden layer, 1 or 2, of a trained head."
+    def __init__(self, head, layer):
+        super().__init__()
+        self.maps, self.inputs = nn.Identity(), torch.as_tensor(head.inputs)
+        hidden = zip(head.weights[:layer], head.hidden_biases or [None] * layer)
+        self.hidden = [[None if a is None else torch.as_tensor(a) for a in pair] for pair in hidden]
 
-# %% ../nbs/14_explain.ipynb #cell100
+    def forward(self, maps):
+        "Activations, (n_images, n_units), of maps (n_images, C, H, W)."
+        h = self.maps(maps).mean(dim=(2, 3))[:, self.inputs]
+        for w, bias in self.hidden: h = torch.relu(h @ w if bias is None else h @ w + bias)
+        return h
+
+# %% ../nbs/14_explain.ipynb #cell98
+def unit_cams(
+    maps:np.ndarray,   # maps whose global averages are the features, (n_images, C, H, W)
+    head:Head,         # trained
+    layer:int,         # hidden layer of the unit, 1 or 2
+    place:int,         # of the unit among those that the head has in this layer
+) -> np.ndarray:       # (n_images, H, W) float32, non-negative, unscaled
+    "Grad-CAM++ maps of a hidden unit of a trained head."
+    units = _UnitsOfHead(head, layer).requires_grad_(False)
+    return grad_cam_pp(units, torch.as_tensor(maps), "maps", lambda output: output[:, place])
+
+# %% ../nbs/14_explain.ipynb #cell103
+def explained_places(
+    neurons:Sequence[int],   # what is explained: neurons; under `connections` inputs
+    masks:np.ndarray,        # masks of the front's members, bool (n_masks, n_neurons)
+    accuracy:np.ndarray,     # of the members, (n_masks,)
+    n_features:int,
+    encoding:str,            # a key of `encoding.encodings`
+) -> pd.DataFrame:           # member (-1: none), layer, place; a row for each
+    "Where each neuron is found: a layer, 0 being the features, and its place in a member's head."
+    kind = find_encoding(encoding)
+    uses, rows = kind.uses(masks, n_features), []
+    for neuron, (layer, place) in zip(neurons, kind.targets(neurons, n_features)):
+        used = uses[:, neuron] > 0
+        member = int(np.where(used, accuracy, -np.inf).argmax()) if used.any() else -1
+        if layer and used.any():
+            place = kind.place_in_head(masks[member], (layer, place), n_features)
+        rows.append([member, layer, place])
+    return pd.DataFrame(rows, index=neurons, columns=["member", "layer", "place"])
+
+# %% ../nbs/14_explain.ipynb #cell104
+def neuron_cams(
+    maps:np.ndarray,       # maps whose global averages are the features, (n_images, C, H, W)
+    places:pd.DataFrame,   # as from `explained_places`
+    heads:list,            # the trained head of each member
+) -> np.ndarray:           # (n_images, n_neurons, H, W) float32, non-negative, unscaled
+    "Grad-CAM++ maps of pooled features, and of units in the heads of members."
+    found = []
+    for member, layer, place in places.to_numpy():
+        if not layer: found.append(feature_cams(maps, [place])[:, 0])
+        elif member < 0: found.append(np.zeros_like(maps[:, 0]))
+        else: found.append(unit_cams(maps, heads[member], layer, place))
+    return np.stack(found, axis=1)
+
+# %% ../nbs/14_explain.ipynb #cell110
 def _stretch(
     maps:np.ndarray,   # (..., H, W)
     n_pixels:int,      # new length of the last axis
@@ -275,7 +331,7 @@ def _stretch(
     b = maps[..., np.minimum(left + 1, last)]
     return a + (at - left).astype(maps.dtype) * (b - a)
 
-# %% ../nbs/14_explain.ipynb #cell101
+# %% ../nbs/14_explain.ipynb #cell111
 def upsample(
     maps:np.ndarray,       # (..., H, W)
     size:tuple[int, int],  # height and width in pixels, usually the image's (h, w)
@@ -284,7 +340,7 @@ def upsample(
     rows = _stretch(np.asarray(maps, dtype=np.float32), size[1])
     return _stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
 
-# %% ../nbs/14_explain.ipynb #cell106
+# %% ../nbs/14_explain.ipynb #cell116
 def fraction_on_object(
     cams:np.ndarray,    # (n_neurons, h, w)
     truth:np.ndarray,   # where the object is visible, bool (h, w)
@@ -293,7 +349,7 @@ def fraction_on_object(
     peak = cams == cams.max(axis=(1, 2), keepdims=True)
     return (peak & truth).sum(axis=(1, 2)) / peak.sum(axis=(1, 2))
 
-# %% ../nbs/14_explain.ipynb #cell109
+# %% ../nbs/14_explain.ipynb #cell119
 def pointing_game(
     cams:np.ndarray,    # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
     truth:np.ndarray,   # where the object is, cropped as the input, bool (n_images, h, w)
@@ -309,25 +365,27 @@ def pointing_game(
     hits = [fraction_on_object(upsample(cam, t.shape), t) for cam, t in zip(cams, truth)]
     return np.mean(hits, axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell116
+# %% ../nbs/14_explain.ipynb #cell126
 def plot_pointing(
     neurons:Sequence[int],   # the front's top neurons, (n_neurons,)
     hits:np.ndarray,         # their hit rates, (n_neurons,)
     random:np.ndarray,       # hit rates of random neurons, (n_random,)
     area:float,              # the object's fraction of the images: the hit rate of a random pixel
     ax:plt.Axes = None,      # where to draw; a new figure by default
+    explained:str = "neuron",   # what each of them is, for labels
 ) -> plt.Axes:
     "Hit rates of neurons, beside random neurons and the object's area."
     ax = plt.subplots(figsize=(6, 2.6))[1] if ax is None else ax
     positions = np.arange(len(neurons))
-    ax.bar(positions, hits, label="front's top neurons")
-    ax.axhline(np.mean(random), color="C3", ls="--", label=f"mean of {len(random)} random neurons")
+    ax.bar(positions, hits, label=f"front's top {explained}s")
+    label = f"mean of {len(random)} random {explained}s"
+    ax.axhline(np.mean(random), color="C3", ls="--", label=label)
     ax.axhline(area, color="0.4", ls=":", label="random pixel")
-    ax.set(xticks=positions, xticklabels=neurons, xlabel="neuron", ylabel="hit rate", ylim=(0, 1))
+    ax.set(xticks=positions, xticklabels=neurons, xlabel=explained, ylabel="hit rate", ylim=(0, 1))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell119
+# %% ../nbs/14_explain.ipynb #cell129
 def _draw_cam(
     ax:plt.Axes,
     cam:np.ndarray,            # (h, w), non-negative
@@ -343,7 +401,7 @@ def _draw_cam(
         ax.contour(truth, levels=[0.5], colors="#56B4E9", linewidths=0.7)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell120
+# %% ../nbs/14_explain.ipynb #cell130
 def _empty_grid(
     n_rows:int,
     titles:Sequence,    # of the columns
@@ -362,7 +420,7 @@ def _empty_grid(
     for row, name in zip(axes, classes): row[0].set_ylabel(figure_text(name), fontsize=7)
     return fig, axes
 
-# %% ../nbs/14_explain.ipynb #cell121
+# %% ../nbs/14_explain.ipynb #cell131
 def plot_cams(
     images:np.ndarray,             # the pictures, uint8 (n_images, h, w, 3)
     cams:np.ndarray,               # their maps at any resolution, (n_images, n_neurons, H, W)

@@ -9,7 +9,7 @@ __all__ = ['objectives', 'active_fraction', 'Objective', 'measured_objectives', 
 
 # %% ../nbs/08_pareto.ipynb #cell3
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import moocore
@@ -34,6 +34,10 @@ class Objective:
     scale:float = 1.0              # figures show scale times the value
     unit:str = ""                  # of the scaled value
     of_mask:Callable|None = None   # masks -> values, if the mask alone decides; None if measured
+
+    def of(self, neurons):
+        "The objective of masks that switch features, units or connections: with such a label."
+        return replace(self, label=self.label.replace("neurons", neurons))
 
     @property
     def axis(self):
@@ -202,11 +206,13 @@ def _drawn(name, values, bend):
     return np.arcsinh(drawn / bend) if bend else drawn
 
 # %% ../nbs/08_pareto.ipynb #cell70
-def _label_axis(axis, name, bend):
+def _label_axis(axis, name, bend, neurons):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
-    axis.set_label_text(objectives[name].axis)
+    axis.set_label_text(objectives[name].of(neurons).axis)
     if not bend: return
-    candidates = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
+    decades = 10.0 ** np.arange(-5, 3)
+    candidates = np.sort([*decades, *3 * decades[:-1]])
+    if np.sum(candidates > bend) > 8: candidates = decades
     ticks = np.append(0, candidates[candidates > bend])
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
@@ -250,6 +256,7 @@ def _draw_staircase(ax, points):
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
+    neurons:str = "neurons",    # what masks switch, for labels
 ) -> plt.Figure:                # four panels: the front in space, and its three projections
     "A front in three dimensions and in its three projections, beside the unpruned network."
     shown = sort_order()[:3]
@@ -271,7 +278,7 @@ def plot_front(
         if hidden is None: _finish_space(ax, drawn[names])
         else: _draw_staircase(ax, members.loc[ringed, names])
         for side, name in zip("xyz", names):
-            _label_axis(getattr(ax, f"{side}axis"), name, bends[name])
+            _label_axis(getattr(ax, f"{side}axis"), name, bends[name], neurons)
     fig.colorbar(points, ax=fig.axes, label=objectives[shown[-1]].axis, shrink=0.5, aspect=25)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
@@ -333,6 +340,7 @@ def _draw_attained(ax, sizes, values, objective):
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
+    neurons:str = "neurons",        # what masks switch, for labels
 ) -> np.ndarray:                    # the axes drawn on: measured objectives against active neurons
     "What every run, half of them and at least one attain with a bound on the active neurons."
     names = measured_objectives()
@@ -343,8 +351,8 @@ def plot_attainment(
     for ax, name in zip(axes, names):
         values = _drawn(name, attained(tables, fractions, name), bend=None)
         _draw_attained(ax, sizes, values, objectives[name])
-        _label_axis(ax.xaxis, "active_fraction", bend)
-        _label_axis(ax.yaxis, name, bend=None)
+        _label_axis(ax.xaxis, "active_fraction", bend, neurons)
+        _label_axis(ax.yaxis, name, None, neurons)
     axes[0].legend(loc="lower right")
     return axes
 

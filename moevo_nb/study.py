@@ -75,7 +75,8 @@ parameters = {
     "weights": Parameter("", 'local file (.pth, .safetensors); "": the backbone\'s own; "none"'),
     "image_size": Parameter(
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
-    "encoding": _one_of("features", "what a mask switches; only features so far", "features"),
+    "encoding": _one_of(
+        "features", "features, units, two_layers_first/second/both or connections", *encodings),
     "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
@@ -644,7 +645,7 @@ def run_notebook(
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
-    names = "dataset", "backbone", "protocol", "search", "preset", "report_preset", "runs"
+    names = "dataset", "backbone", "encoding", "protocol", "search", "preset", "report_preset", "runs"
     given = dict(report_preset="paper") | given   # the only one until it became a parameter
     weights = Path(given["weights"]).name or "pretrained"
     folds = len(result["images"]["evaluation"])

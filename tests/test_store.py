@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toy import committed, fork, row
 
-from moevo_nb.store import Store, columns, from_hex, software
+from moevo_nb.store import Store, columns, mask_name, software
 
 
 def mask(i): return np.unpackbits(np.array([i >> 8, i & 255], np.uint8)).astype(bool)
@@ -29,7 +29,7 @@ def fill(store, *numbers):
 def found(path):
     "The numbers of the rows in a store, each proved right."
     with Store(path) as store:
-        numbers = sorted(int.from_bytes(bytes.fromhex(digits)) for _, digits, *_ in store.read("evaluations"))
+        numbers = sorted(int.from_bytes(np.packbits(store.mask(name))) for _, name, *_ in store.read("evaluations"))
         for i in numbers: assert {k: store.find("key", mask(i))[k] for k in columns[:-1]} == content(i)
     return numbers
 
@@ -110,6 +110,24 @@ def test_files_cut_anywhere(restore):
     assert None not in outcomes and len({*outcomes}) > 10
 
 
+def test_a_store_whose_masks_are_digits_is_refused(tmp_path):
+    with Store(tmp_path / "evaluations.sqlite") as store:
+        for statement in ("drop table masks", "pragma user_version = 3"): store.execute(statement)
+    assert outcome(tmp_path / "evaluations.sqlite") is None
+
+
+def test_masks_over_connections_take_little_room(tmp_path):
+    "Ten masks of 655,360 neurons, each evaluated and asked for by two runs: 82 kB each, once."
+    path, masks = tmp_path / "evaluations.sqlite", np.random.default_rng(0).random((10, 655_360)) < 0.5
+    with Store(path) as store:
+        for name in ("one", "other"):
+            store.start(name, "key", {})
+            with store.transaction(): store.ask(name, 0, 0, masks)
+        for m in masks: store.add("key", m, content(0))
+    assert 10 * 655_360 / 8 < path.stat().st_size < 1.1 * 10 * 655_360 / 8
+    with Store(path) as store: assert all((store.mask(mask_name(m)) == m).all() for m in masks) and len(store.history("other")) == 10
+
+
 def test_a_store_may_be_moved_away(restore, tmp_path):
     path = restore(lambda b: b[:5000])
     assert outcome(path) is None
@@ -120,7 +138,7 @@ def test_a_store_may_be_moved_away(restore, tmp_path):
 def filling_up(path, report, limit):
     "Writes rows until the disk is full, and says what happened."
     store = Store(path)
-    if limit == "file size": resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    if limit == "file size": resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     else: store.execute("pragma max_page_count = 12")
     for i in range(1000):
         try: fill(store, i)
@@ -179,6 +197,6 @@ def test_what_is_no_store(tmp_path, file):
 
 def test_rows_say_which_versions_computed_them(tmp_path):
     with Store(tmp_path / "evaluations.sqlite") as store: fill(store, 1)
-    assert committed(tmp_path / "evaluations.sqlite") == {"0001"} and (from_hex("0001", 16) == mask(1)).all()
+    assert committed(tmp_path / "evaluations.sqlite") == {mask_name(mask(1))}
     with Store(tmp_path / "evaluations.sqlite") as store: known = store.find("key", mask(1))["versions"]
     assert known == software() and known["torch"] == version("torch")

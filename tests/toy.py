@@ -9,7 +9,7 @@ import numpy as np
 from moevo_nb.evaluation import Evaluator
 from moevo_nb.evolution import Search, run_searches
 from moevo_nb.operators import BlindVariation
-from moevo_nb.store import Store, to_hex
+from moevo_nb.store import Store, mask_name
 
 weights = np.random.default_rng(0).random((2, 64))
 folds = dict(accuracy=[0.7, 0.9], active_fraction=[0.25, 0.25], auroc=[0.85, 0.95])
@@ -25,7 +25,7 @@ class Toy(Evaluator):
     def rows(self, masks):
         for mask in masks:
             if self.log:
-                with open(self.log, "a") as log: log.write(to_hex(mask) + "\n")
+                with open(self.log, "a") as log: log.write(mask_name(mask) + "\n")
             time.sleep(self.seconds)
             accuracy, auroc = (weights @ mask / weights.sum(1)).tolist()
             yield dict(row, accuracy=accuracy, active_fraction=float(mask.mean()), auroc=1 - auroc**2)
@@ -37,7 +37,7 @@ def search(path, log=None, seconds=0.0, n_evals=200, store=Store):
 
 
 def committed(path):
-    "The masks that a store knows."
+    "The names of the masks that a store knows."
     with Store(path) as store: return {mask for _, mask, *_ in store.read("evaluations")}
 
 
