@@ -181,7 +181,7 @@ def measure(
     epochs = sum(len(head.losses) for head in heads)
     return means | dict(folds=folds, epochs=epochs, seconds=sum(head.seconds for head in heads))
 
-# %% ../nbs/10_evaluation.ipynb #cell31
+# %% ../nbs/10_evaluation.ipynb #cell34
 def measure_members(
     problem:Problem,
     masks:np.ndarray,   # bool (n_masks, n_neurons)
@@ -191,7 +191,7 @@ def measure_members(
     rows = [measure(problem, mask, trained) for mask, trained in zip(masks, heads)]
     return pd.DataFrame(rows)[list(objectives)]
 
-# %% ../nbs/10_evaluation.ipynb #cell32
+# %% ../nbs/10_evaluation.ipynb #cell35
 def fit_and_measure(
     problem:Problem,
     masks:np.ndarray,                # bool (n_masks, n_neurons)
@@ -205,7 +205,7 @@ def fit_and_measure(
         if progress: progress()
     return heads, measure_members(problem, masks, heads)
 
-# %% ../nbs/10_evaluation.ipynb #cell35
+# %% ../nbs/10_evaluation.ipynb #cell38
 def measure_ood(
     problem:Problem,   # with `ood_sets`
     heads:list,        # trained heads, one a fold
@@ -222,7 +222,7 @@ def measure_ood(
     table = pd.DataFrame(rows).groupby("ood", sort=False).mean()
     return table.loc[[*table.index.drop("pooled"), "pooled"]]
 
-# %% ../nbs/10_evaluation.ipynb #cell39
+# %% ../nbs/10_evaluation.ipynb #cell42
 class Evaluator:
     "Masks to objectives, by way of the store."
     def __init__(
@@ -262,7 +262,7 @@ class Evaluator:
         for mask, heads in zip(masks, self.problem.fit(masks, self.n_jobs)):
             yield measure(self.problem, mask, heads)
 
-# %% ../nbs/10_evaluation.ipynb #cell46
+# %% ../nbs/10_evaluation.ipynb #cell49
 def over_seeds(
     problem:Problem,
     masks:np.ndarray,                # as `Evaluator` takes them
@@ -277,7 +277,7 @@ def over_seeds(
         tables[seed] = Evaluator(replace(problem, seed=seed), store, n_jobs, progress)(masks)
     return pd.concat(tables, names=["seed", "mask"])
 
-# %% ../nbs/10_evaluation.ipynb #cell47
+# %% ../nbs/10_evaluation.ipynb #cell50
 def minus_last(
     spread:pd.DataFrame,   # as from `over_seeds`; the last mask is the one to compare with
     names:pd.Index,        # of the other masks, in order
@@ -286,7 +286,7 @@ def minus_last(
     wide = spread[measured_objectives()].unstack("seed")
     return (wide.iloc[:-1] - wide.iloc[-1]).set_axis(names).stack("seed", future_stack=True)
 
-# %% ../nbs/10_evaluation.ipynb #cell51
+# %% ../nbs/10_evaluation.ipynb #cell54
 def connect_dask(
     address:str,        # tcp://host:port or tls://host:port
     timeout:float = 5,  # seconds
@@ -301,7 +301,7 @@ def connect_dask(
                          f"start one with `dask scheduler` and workers with `dask worker {address} "
                          "--nthreads 1`, or leave `scheduler` empty.") from None
 
-# %% ../nbs/10_evaluation.ipynb #cell52
+# %% ../nbs/10_evaluation.ipynb #cell55
 @contextmanager
 def dask_workers(
     address:str,       # of the Dask scheduler; "": this machine

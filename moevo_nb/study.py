@@ -76,7 +76,7 @@ parameters = {
     "image_size": Parameter(
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
     "encoding": _one_of("features", "what a mask switches; only features so far", "features"),
-    "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
+    "detector": _one_of("odin", "OoD score, a name in 07_robustness: odin, knn, vim, …", *detectors),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
     "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
