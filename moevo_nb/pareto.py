@@ -202,16 +202,22 @@ def _drawn(name, values, bend):
     return np.arcsinh(drawn / bend) if bend else drawn
 
 # %% ../nbs/08_pareto.ipynb #cell70
-def _label_axis(axis, name, bend):
+def _axis_label(name, score):
+    "Label of an axis that shows an objective; with an AUROC stands the OoD score that it is of."
+    label = objectives[name].axis
+    return f"{label} ({score})" if score and name == "auroc" else label
+
+# %% ../nbs/08_pareto.ipynb #cell72
+def _label_axis(axis, name, bend, score=""):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
-    axis.set_label_text(objectives[name].axis)
+    axis.set_label_text(_axis_label(name, score))
     if not bend: return
     candidates = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
     ticks = np.append(0, candidates[candidates > bend])
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
 
-# %% ../nbs/08_pareto.ipynb #cell74
+# %% ../nbs/08_pareto.ipynb #cell76
 def _draw_members(ax, members, star, ringed, colors, limits):
     "Members as points, some of them ringed, and the unpruned network as a star."
     x = members.to_numpy().T
@@ -223,7 +229,7 @@ def _draw_members(ax, members, star, ringed, colors, limits):
     ax.scatter(*star.to_numpy().T, marker="*", s=130, c="black", label=label)
     return points
 
-# %% ../nbs/08_pareto.ipynb #cell75
+# %% ../nbs/08_pareto.ipynb #cell77
 def _finish_space(ax, drawn):
     "Stems down to the floor, room for the labels, and the vertical axis on the outer side."
     for points in ax.collections: points.set_depthshade(False)
@@ -238,7 +244,7 @@ def _finish_space(ax, drawn):
         axis.labelpad = 0
         axis.set_major_locator(MaxNLocator(5))
 
-# %% ../nbs/08_pareto.ipynb #cell76
+# %% ../nbs/08_pareto.ipynb #cell78
 def _draw_staircase(ax, points):
     "The bound of what the points dominate; their first column is the horizontal axis."
     names = list(points)
@@ -246,10 +252,11 @@ def _draw_staircase(ax, points):
     x, y = points.sort_values(names).to_numpy().T
     ax.step(x, y, color="0.5", linewidth=1, zorder=0, where=where)
 
-# %% ../nbs/08_pareto.ipynb #cell77
+# %% ../nbs/08_pareto.ipynb #cell79
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
+    score:str = "",             # name of the OoD score that the AUROC is of
 ) -> plt.Figure:                # four panels: the front in space, and its three projections
     "A front in three dimensions and in its three projections, beside the unpruned network."
     shown = sort_order()[:3]
@@ -271,12 +278,13 @@ def plot_front(
         if hidden is None: _finish_space(ax, drawn[names])
         else: _draw_staircase(ax, members.loc[ringed, names])
         for side, name in zip("xyz", names):
-            _label_axis(getattr(ax, f"{side}axis"), name, bends[name])
-    fig.colorbar(points, ax=fig.axes, label=objectives[shown[-1]].axis, shrink=0.5, aspect=25)
+            _label_axis(getattr(ax, f"{side}axis"), name, bends[name], score)
+    label = _axis_label(shown[-1], score)
+    fig.colorbar(points, ax=fig.axes, label=label, shrink=0.5, aspect=25)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/08_pareto.ipynb #cell82
+# %% ../nbs/08_pareto.ipynb #cell84
 def _mark_initial(ax, curves, initial):
     "Mark the end of the initial population; its rise, due to its order alone, is mostly left out."
     label = "end of the initial population"
@@ -284,7 +292,7 @@ def _mark_initial(ax, curves, initial):
     lowest = curves[:, initial - 1].min()
     ax.set_ylim(bottom=max(0, lowest - 0.25 * (curves.max() - lowest) - 0.01))
 
-# %% ../nbs/08_pareto.ipynb #cell83
+# %% ../nbs/08_pareto.ipynb #cell85
 def plot_hypervolume(
     curves:np.ndarray,           # after each evaluation, (n_runs, n_evals) or (n_evals,)
     ax:plt.Axes|None = None,     # where to draw; a new figure by default
@@ -305,7 +313,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/08_pareto.ipynb #cell88
+# %% ../nbs/08_pareto.ipynb #cell90
 def attained(
     tables:list,                 # a front for each run
     fractions:np.ndarray,        # upper bounds on the active fraction, (n_fractions,)
@@ -320,7 +328,7 @@ def attained(
         best.append(values.max(axis=1) if found.maximise else values.min(axis=1))
     return np.array(best)
 
-# %% ../nbs/08_pareto.ipynb #cell92
+# %% ../nbs/08_pareto.ipynb #cell94
 def _draw_attained(ax, sizes, values, objective):
     "Band and median of what the runs attain, (n_runs, n_sizes), from the worst attained value on."
     ax.fill_between(sizes, values.min(axis=0), values.max(axis=0), step="post", alpha=0.2,
@@ -329,7 +337,7 @@ def _draw_attained(ax, sizes, values, objective):
     known = values[values != objective.scale * objective.worst]
     ax.set_ylim(*((known.min(), None) if objective.maximise else (None, known.max())))
 
-# %% ../nbs/08_pareto.ipynb #cell93
+# %% ../nbs/08_pareto.ipynb #cell95
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
@@ -348,7 +356,7 @@ def plot_attainment(
     axes[0].legend(loc="lower right")
     return axes
 
-# %% ../nbs/08_pareto.ipynb #cell98
+# %% ../nbs/08_pareto.ipynb #cell100
 def plot_differences(
     differences:pd.DataFrame,      # from the unpruned network, indexed by member and seed
     axes:np.ndarray|None = None,   # one for each measured objective; a new figure by default

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detectors', 'max_softmax', 'odin', 'energy', 'max_logit', 'entropy', 'gen', 'Detector', 'kl_matching', 'knn',
            'mahalanobis', 'rmd', 'vim', 'auroc', 'roc', 'fpr_at_tpr', 'aupr', 'mark_below_chance', 'plot_scores',
-           'plot_roc']
+           'plot_roc', 'plot_ood']
 
 # %% ../nbs/07_robustness.ipynb #cell3
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import average_precision_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
+
+from .system import figure_text
 
 # %% ../nbs/07_robustness.ipynb #cell6
 def _scaled(logits, temperature):
@@ -349,3 +351,22 @@ def plot_roc(
     ax.set_aspect("equal")
     ax.legend(loc="lower right")
     return ax
+
+# %% ../nbs/07_robustness.ipynb #cell126
+def plot_ood(
+    table:pd.DataFrame,   # a row a model; columns (auroc, fpr95 or aupr; OoD set)
+) -> np.ndarray:          # the axes drawn on, one for each measure
+    "How well models tell OoD images apart, by set."
+    labels = dict(auroc="AUROC", fpr95="FPR at 95 % TPR", aupr="AUPR (OoD positive)")
+    axes = plt.subplots(1, len(labels), figsize=(7.2, 3), sharey=True)[1]
+    for ax, (measure, label) in zip(axes, labels.items()):
+        values = table[measure]
+        for k, (name, row) in enumerate(values.iterrows()):
+            style = dict(unpruned=("*", "k", 9), **{"front median": ("|", "k", 12)})
+            marker, color, size = style.get(name, ("o", f"C{k}", 4))
+            ax.plot(row, range(len(row)), marker, color=color, ms=size, alpha=0.8, label=name)
+        ax.set(xlabel=label, xlim=(-0.03, 1.03), ylim=(len(row) - 0.5, -0.5))
+        ax.set_yticks(range(len(row)), [figure_text(name) for name in values])
+    axes[0].axvline(0.5, color="0.6", linestyle="--", linewidth=1, zorder=0)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return axes

@@ -6,7 +6,8 @@
 __all__ = ['parameters', 'experiment_figures', 'packages', 'published', 'Parameter', 'parameter_errors', 'make_parameters',
            'given_parameters', 'collect_parameters', 'course_settings', 'package_commit', 'code_digests',
            'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'StudyImages', 'load_images',
-           'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
+           'load_features', 'StudyProblems', 'load_problems', 'corrupted_problem', 'load_corrupted',
+           'measure_corrupted', 'run_notebook', 'read_results']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -17,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,11 +33,15 @@ import torch
 import moevo_nb
 
 from .backbone import backbones, cached_features, weights_file
+from .corruption import (
+    accuracy_by_kind, auroc_by_kind, corrupted_features, corruption_names)
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
-    ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
+    near_sets, ood_names, ood_places, ood_sets, protocol_mixtures, protocol_splits, protocols,
+    separate_mixtures, split_ood)
 from .encoding import encodings, find_encoding
-from .evaluation import Problem, connect_dask
+from .ensemble import majority_vote
+from .evaluation import Problem, connect_dask, stack_outputs
 from .evolution import algorithms, check_search_size
 from .head import presets
 from .pareto import hypervolume
@@ -69,6 +74,7 @@ def _at_least(default, meaning, least):
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
     "ood": Parameter("", 'OoD sets, class:NAME, classes:N, by commas; "": registered sets'),
+    "ood_search": Parameter("", 'those that the search alone sees, under holdout; "": no such'),
     "n_ood": _at_least(0, "OoD images; 0: as many as evaluation images", 0),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
@@ -77,6 +83,7 @@ parameters = {
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
     "encoding": _one_of("features", "what a mask switches; only features so far", "features"),
     "detector": _one_of("odin", "OoD score, a name in 07_robustness: odin, knn, vim, …", *detectors),
+    "corruptions": Parameter("none", "none, all, or kinds in 17_corruption, by commas"),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
     "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
@@ -146,7 +153,7 @@ def _check_memory(p):
                          f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
                          "available: ask for smaller images or fewer processes.")
 
-# %% ../nbs/22_study.ipynb #x
+# %% ../nbs/22_study.ipynb #cell19
 def _check_search(p):
     "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
     n_features = backbones.get(p.backbone, {}).get("n_features", 512)
@@ -155,15 +162,17 @@ def _check_search(p):
         pop_size=p.pop_size, n_offsprings=p.n_offsprings, runs=p.runs,
         informed=p.search == "informed")
 
-# %% ../nbs/22_study.ipynb #cell19
+# %% ../nbs/22_study.ipynb #cell20
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds, p.split)
     _check_memory(p)
     _check_search(p)
     locate(p.dataset)
-    ood_names(p.dataset, p.ood)
-    if classes := class_names(p.dataset): held_out_classes(classes, p.ood, p.seed)
+    corruption_names(p.corruptions)
+    ood, _ = split_ood(p.dataset, p.ood, p.ood_search, p.protocol)
+    ood_names(p.dataset, ood)
+    if classes := class_names(p.dataset): held_out_classes(classes, ood, p.seed)
     weights_file(p.backbone, p.weights)
     mps = torch.backends.mps.is_available()
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=mps)
@@ -174,7 +183,7 @@ def _check_availability(p):
                          f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell20
+# %% ../nbs/22_study.ipynb #cell21
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
@@ -187,7 +196,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cell22
+# %% ../nbs/22_study.ipynb #cell23
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -201,7 +210,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell24
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -210,7 +219,7 @@ def _last_assigned(inputs):
         elif names: break
     return names
 
-# %% ../nbs/22_study.ipynb #cell25
+# %% ../nbs/22_study.ipynb #cell26
 def given_parameters(
     namespace:dict,       # a notebook's `globals()`
     known = parameters,   # names of its parameters
@@ -223,7 +232,7 @@ def given_parameters(
     return {name: value for name, value in plain.items()
             if name in known or not assigned or name in assigned}
 
-# %% ../nbs/22_study.ipynb #cell30
+# %% ../nbs/22_study.ipynb #cell31
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     names:str,          # of its parameters, separated by spaces
@@ -236,15 +245,16 @@ def collect_parameters(
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell33
+# %% ../nbs/22_study.ipynb #cell34
 def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
     "The parameters that decide the course of a search."
-    others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
+    others = ("report_preset corruptions n_evals runs n_jobs scheduler resume on_bad show_images "
+              "out_dir").split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
-# %% ../nbs/22_study.ipynb #cell36
+# %% ../nbs/22_study.ipynb #cell37
 def package_commit(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> str|None:
@@ -260,7 +270,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #cell38
+# %% ../nbs/22_study.ipynb #cell39
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -273,7 +283,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #cell41
+# %% ../nbs/22_study.ipynb #cell42
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -281,7 +291,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #cell42
+# %% ../nbs/22_study.ipynb #cell43
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -290,14 +300,14 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #cell43
+# %% ../nbs/22_study.ipynb #cell44
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
     if not _holds_another(folder, dataset): return folder
     return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
-# %% ../nbs/22_study.ipynb #cell44
+# %% ../nbs/22_study.ipynb #cell45
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
@@ -320,13 +330,14 @@ def results_folder(
     check_cache()
     return folder
 
-# %% ../nbs/22_study.ipynb #cell46
+# %% ../nbs/22_study.ipynb #cell47
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
-                      "neurons", "cams", "pointing", "ensembles")
+                      "neurons", "cams", "pointing", "ensembles", "calibration", "corruptions",
+                      "corruptions_auroc")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell47
+# %% ../nbs/22_study.ipynb #cell48
 _holders = {}   # folder -> the run of this process that holds it
 
 class _HeldFolder:
@@ -349,7 +360,7 @@ class _HeldFolder:
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #cell51
+# %% ../nbs/22_study.ipynb #cell52
 class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
@@ -436,7 +447,7 @@ class Run(_HeldFolder):
         with self.writing("result.json") as path: write_text(path, text)
         self.release()
 
-# %% ../nbs/22_study.ipynb #cell52
+# %% ../nbs/22_study.ipynb #cell53
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
@@ -452,7 +463,7 @@ def as_json(
     if isinstance(value, list): return [as_json(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
-# %% ../nbs/22_study.ipynb #cell65
+# %% ../nbs/22_study.ipynb #cell66
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -480,7 +491,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell68
+# %% ../nbs/22_study.ipynb #cell69
 class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
@@ -506,7 +517,7 @@ class SearchProgress(Progress):
         volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
-# %% ../nbs/22_study.ipynb #cell71
+# %% ../nbs/22_study.ipynb #cell72
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -518,6 +529,9 @@ class StudyImages:
 
     @property
     def same_splits(self): return self.search_splits is self.report_splits
+
+    @property
+    def near_sets(self): return near_sets(self.images, self.ood_sets)
 
     def table(self):
         "How many images there are of each kind."
@@ -545,23 +559,29 @@ class StudyImages:
 
     def about(self):
         "What a result says of its images."
-        ood = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
+        counts = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
+        ood = [{name: n for name, n in of_fold.items() if n} for of_fold in counts]
         images = dict(
             total=len(self.images), classes=len(self.images.classes), image_size=self.image_size,
             evaluation=[len(own) for _, own, _ in self.report_splits], skipped=self.images.skipped,
             ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
-        return dict(ood=ood, images=images)
+        return dict(ood=ood, near_sets=list(self.near_sets), images=images)
 
-# %% ../nbs/22_study.ipynb #cell72
+# %% ../nbs/22_study.ipynb #cell73
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
     "The images of a study. Errors: all that is wrong with them."
+    ood, of_search = split_ood(p.dataset, p.ood, p.ood_search, p.protocol)
     images = load(p.dataset, p.on_bad, split=p.split)
-    images, near = hold_out(images, held_out_classes(images.classes, p.ood, p.seed))
-    others = near + ood_sets(images, p.dataset, p.ood, p.on_bad, p.split)
+    images, held_out = hold_out(images, held_out_classes(images.classes, ood, p.seed))
+    others = held_out + ood_sets(images, p.dataset, ood, p.on_bad, p.split)
     splits = protocol_splits(images, p.protocol, p.folds, p.seed, p.split)
-    others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
+    if of_search:
+        places = [part.name for part in held_out] + ood_places(p.dataset, ood)
+        searched = [place in of_search for place in places]
+        others, *splits = separate_mixtures(others, searched, *splits, p.n_ood, p.seed, p.split)
+    else: others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
 # %% ../nbs/22_study.ipynb #cell80
@@ -607,7 +627,7 @@ def load_problems(
         sets = [np.repeat(names, [len(drawn) for drawn in mixture]) for *_, mixture in splits]
         folds = [(train, own) for train, own, _ in splits]
         return Problem(features, study.images.labels, folds, ood, sets, p.detector, training,
-                       p.encoding, p.seed, p.device)
+                       p.encoding, p.seed, p.device, study.near_sets)
 
     return StudyProblems(
         search=problem(study.search_splits, presets[p.preset]),
@@ -615,6 +635,62 @@ def load_problems(
         report=problem(study.report_splits, presets[p.report_preset]))
 
 # %% ../nbs/22_study.ipynb #cell86
+def corrupted_problem(
+    problem:Problem,   # as it is reported
+    evaluated:list,    # indices of the evaluation images, sorted, each once
+    features:dict,     # (kind, severity) -> features of these images, in this order
+) -> Problem:          # whose folds evaluate clean images, then those of each key
+    "A problem with corrupted images added to the evaluation images."
+    n = len(problem.features)
+    folds = []
+    for train, own in problem.folds:
+        places = np.searchsorted(evaluated, own)
+        versions = [n + k * len(evaluated) + places for k in range(len(features))]
+        folds.append((train, np.concatenate([own, *versions])))
+    labels = np.concatenate([problem.labels, np.tile(problem.labels[evaluated], len(features))])
+    everything = np.concatenate([problem.features, *features.values()])
+    return replace(problem, features=everything, labels=labels, folds=folds)
+
+# %% ../nbs/22_study.ipynb #cell88
+def load_corrupted(
+    p:SimpleNamespace,       # the parameters
+    study:StudyImages,
+    problem:Problem,         # as it is reported
+    n_jobs:int = 1,          # processes
+) -> tuple:                  # the problem, as from `corrupted_problem`; its keys
+    "The evaluation images under the corruptions that are asked for, from the cache if known."
+    evaluated = np.unique(np.concatenate([own for _, own, _ in study.report_splits]))
+    kinds = corruption_names(p.corruptions)
+    progress = Progress("corrupted images through the backbone", 3 * len(kinds) * len(evaluated))
+    features = corrupted_features(
+        study.images, evaluated, kinds, p.seed, lambda done, total: progress(done), name=p.backbone,
+        weights=p.weights, size=study.image_size, device=p.device, n_jobs=n_jobs)
+    return corrupted_problem(problem, evaluated, features), [*features]
+
+# %% ../nbs/22_study.ipynb #cell90
+def measure_corrupted(
+    problem:Problem,   # as from `corrupted_problem`
+    keys:list,         # (kind, severity) of each corruption
+    models:dict,       # name -> trained heads, one a fold
+    members:list,      # trained heads of the members of a front, a list with one a fold
+    votes:dict,        # name -> which members vote, bool (n_members,)
+) -> tuple:            # tables as from `corruption.by_kind`: accuracy, and AUROC without votes
+    "What models and votes are worth under corruptions, means over folds."
+    n, n_versions = len(models), len(keys) + 1
+    outputs = stack_outputs(problem, [*models.values(), *members])
+    accuracy, auroc = [], []
+    for k, (_, evaluated) in enumerate(problem.folds):
+        logits = outputs["logits"][k]
+        voted = [majority_vote(logits[n:][chosen]) for chosen in votes.values()]
+        predicted = np.stack([*logits[:n].argmax(axis=2), *voted])
+        labels = problem.labels[evaluated].reshape(n_versions, -1)[0]
+        predicted = predicted.reshape(len(predicted), n_versions, -1)
+        accuracy.append(accuracy_by_kind(predicted, labels, keys, [*models, *votes]))
+        scores = outputs["scores"][k][:n].reshape(n, n_versions, -1)
+        auroc.append(auroc_by_kind(scores, outputs["ood_scores"][k][:n], keys, [*models]))
+    return sum(accuracy) / len(accuracy), sum(auroc) / len(auroc)
+
+# %% ../nbs/22_study.ipynb #cell94
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -629,7 +705,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell89
+# %% ../nbs/22_study.ipynb #cell97
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -640,7 +716,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell90
+# %% ../nbs/22_study.ipynb #cell98
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -656,7 +732,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell93
+# %% ../nbs/22_study.ipynb #cell101
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
     "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
     "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),

@@ -43,7 +43,8 @@ def test_a_run_leaves_everything_behind(finished):
     out = finished[0] / "results"
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
-    assert set(result["ood_by_set"]) == set(result["notable_members"])
+    assert set(result["ood_by_set"]) == set(result["calibration"]) == {*result["notable_members"], "front median"}
+    assert all(0 <= found[ece] <= 1 for found in result["calibration"].values() for ece in ("ece", "scaled_ece"))
     unpruned = result["ood_by_set"]["unpruned"]["auroc"]
     assert list(unpruned) == ["weaves", "pooled"] and abs(unpruned["pooled"] - result["unpruned"]["auroc"]) < 1e-9
     assert result["seeds"] == [1, 2, 3, 4, 5] and result["gains_over_seeds"]["knee"]["accuracy"]["min"] <= 1
@@ -55,7 +56,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert len(front) == result["front_size"]
     assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
     names = {f.stem for f in (out / "figures").glob("*.png")}
-    assert names == {"front", "hypervolume", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
+    assert names == {"front", "hypervolume", "ood", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
     assert names <= {f.stem for f in (out / "figures").glob("*.csv")} and (out / "evaluations.sqlite").exists()
 
 
