@@ -40,6 +40,7 @@ class SearchConfig:
     n_offsprings:int = 2                         # masks a step, after the first population
     seed:int = 0
     surrogate:np.ndarray|None = None             # importance in its kernel; None: no surrogate
+    by:tuple|None = None                         # objectives that count; None: all of them
     initial:np.ndarray|None = None               # first masks; the strategy makes what is missing
 
     def first_masks(self):
@@ -63,12 +64,17 @@ class _Normalization(HyperplaneNormalization):
         flat = self.nadir_point <= self.ideal_point
         self.nadir_point = np.where(flat, self.ideal_point + 1, self.nadir_point)
 
-# %% ../nbs/13_evolution.ipynb #cell13
+# %% ../nbs/13_evolution.ipynb #new
+class _Spea2(SPEA2):
+    "SPEA2 with that normalisation, for as many objectives as the problem has."
+    def _setup(self, problem, **kwargs):
+        super()._setup(problem, **kwargs)
+        self.survival.norm = _Normalization(problem.n_obj)
+
+# %% ../nbs/13_evolution.ipynb #new
 def spea2(**settings):
     "pymoo's SPEA2, also for objectives of one value."
-    algorithm = SPEA2(survival=SPEA2Survival(normalize=True), **settings)
-    algorithm.survival.norm = _Normalization(len(objectives))
-    return algorithm
+    return _Spea2(survival=SPEA2Survival(normalize=True), **settings)
 
 # %% ../nbs/13_evolution.ipynb #cell14
 def smsemoa(**settings):
@@ -98,13 +104,14 @@ class PymooAlgorithm:
         config:SearchConfig,
     ):
         self.config, variation, n = config, config.variation, config.n_offsprings
-        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate)
+        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate, config.by)
         candidates = n if self.evaluated is None else max(100, 10 * n)
         self.algorithm = make(
             pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(),
             eliminate_duplicates=False,
             crossover=variation.crossover(), mutation=variation.mutation())
-        binary = PymooProblem(n_var=variation.n_neurons, n_obj=len(objectives), vtype=bool)
+        n_objectives = len(config.by or objectives)
+        binary = PymooProblem(n_var=variation.n_neurons, n_obj=n_objectives, vtype=bool)
         self.algorithm.setup(binary, termination=NoTermination(), seed=config.seed)
 
     def ask(self):
@@ -119,7 +126,7 @@ class PymooAlgorithm:
     def tell(self, table):
         "The objectives of what was asked for; fewer where the budget cuts the last step."
         self.asked = self.asked[:len(table)]
-        self.asked.set("F", minimised(table))
+        self.asked.set("F", minimised(table, self.config.by))
         if self.evaluated: self.evaluated.add(self.asked.get("X").astype(bool), table)
         self.algorithm.tell(infills=self.asked)
 
@@ -241,6 +248,7 @@ class Search:
         algorithm:str = "nsga2",             # a key of `algorithms`
         surrogate:np.ndarray|None = None,    # importance in its kernel; None: no surrogate
         initial:np.ndarray|None = None,      # first masks; None: the strategy makes them all
+        by:tuple|None = None,                # objectives that count; None: all of `objectives`
     ):
         numbers = dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed)
         arrays = dict(surrogate=surrogate, initial=initial)
@@ -250,10 +258,11 @@ class Search:
             n_offsprings=n_offsprings, informed=surrogate is not None)
         given = {name: array for name, array in arrays.items() if array is not None}
         told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
+        if by and by != tuple(objectives): told.insert(0, f"by {' + '.join(by)}")
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
         self.name = ", ".join([course, *told, f"seed {seed}"])
         self.n_evals, self.left, self.masks, self.tables = n_evals, n_evals, [], []
-        config = SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, initial)
+        config = SearchConfig(variation, pop_size, n_offsprings, seed, surrogate, by, initial)
         self.steps = algorithms[algorithm](config)
 
     def ask(self):

@@ -44,7 +44,7 @@ from .ensemble import majority_vote
 from .evaluation import Problem, connect_dask, stack_outputs
 from .evolution import algorithms, check_search_size
 from .head import presets
-from .pareto import hypervolume
+from .pareto import chosen_objectives, hypervolume
 from .robustness import detectors
 from .system import (
     atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, explained,
@@ -92,6 +92,8 @@ parameters = {
         "paper", "training of the front that is reported: paper or quick", *presets),
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
+    "objectives": Parameter(
+        "accuracy,active_fraction,auroc", "that the search and its front count: two or three"),
     "algorithm": _one_of(
         "nsga2", "nsga2, spea2, smsemoa, agemoea2, random or evoprunedeeptl", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
@@ -170,6 +172,7 @@ def _check_availability(p):
     _check_search(p)
     locate(p.dataset)
     corruption_names(p.corruptions)
+    chosen_objectives(p.objectives)
     ood, _ = split_ood(p.dataset, p.ood, p.ood_search, p.protocol)
     ood_names(p.dataset, ood)
     if classes := class_names(p.dataset): held_out_classes(classes, ood, p.seed)
@@ -496,9 +499,11 @@ class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
         self,
-        total:int,   # evaluations of all runs
+        total:int,              # evaluations of all runs
+        by:tuple|None = None,   # the objectives that count; None: all of `pareto.objectives`
     ):
         super().__init__("evaluations", total)
+        self.by = by
         self.n_trained, self.tables = 0, []
 
     def trained(self):
@@ -514,7 +519,7 @@ class SearchProgress(Progress):
     def show(self):
         "How far the search is."
         done = max(sum(map(len, self.tables)), min(self.n_trained, self.total - 1))
-        volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
+        def volume(): return f", hypervolume {hypervolume(pd.concat(self.tables), by=self.by):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
 # %% ../nbs/22_study.ipynb #cell72
