@@ -6,8 +6,8 @@
 __all__ = ['formats', 'most_rendered', 'protocols', 'ImageSet', 'class_counts', 'rendered_set', 'as_rgb', 'read_image',
            'read_images', 'folder_set', 'known_sets', 'locate', 'load', 'stratified_folds', 'splits',
            'split_validation', 'balanced_counts', 'ood_mixture', 'mixture_sizes', 'enlarged', 'class_names',
-           'held_out_classes', 'hold_out', 'ood_names', 'ood_sets', 'n_folds', 'protocol_splits', 'protocol_mixtures',
-           'plot_examples']
+           'held_out_classes', 'hold_out', 'ood_names', 'ood_sets', 'near_sets', 'split_ood', 'ood_places', 'n_folds',
+           'protocol_splits', 'protocol_mixtures', 'separate_mixtures', 'plot_examples']
 
 # %% ../nbs/03_data.ipynb #cell3
 import hashlib
@@ -785,7 +785,8 @@ def _distinct_names(
         names.append(f"{name} (OoD)" if name in _columns else name)
     return names
 
-_columns = ("fold", "images", "train", "evaluated", "ood", "pooled")   # of tables with OoD sets
+_columns = (   # of tables with OoD sets
+    "fold", "images", "train", "evaluated", "ood", "pooled", "near", "far")
 
 # %% ../nbs/03_data.ipynb #cell154
 def ood_sets(
@@ -816,6 +817,59 @@ def ood_sets(
     return [rendered_set(name, split=split) for name in rendered]
 
 # %% ../nbs/03_data.ipynb #cell157
+def near_sets(
+    images:ImageSet,   # the set under study
+    others:list,       # OoD image sets
+) -> tuple:            # names
+    "Which OoD sets are like the set itself."
+    siblings = registered.get(images.name, {}).get("near", ())
+    return tuple(other.name for other in others if other.part_of or other.name in siblings)
+
+# %% ../nbs/03_data.ipynb #cell160
+def _as_ood(names):
+    "Names of sets as one entry of the parameter `ood` each."
+    return ",".join(name.replace(",", "\\,") for name in names)
+
+# %% ../nbs/03_data.ipynb #cell161
+def _same_entry(dataset, entry):
+    "What two entries for the same OoD images have in common: a held-out class, or a set's place."
+    if entry.startswith("classes:"):
+        raise ValueError(f"ood_search {entry!r}: name the classes that the search sees, as "
+                         "class:NAME; those of a number are drawn.")
+    if entry.startswith("class:"): return f"class:{entry[len('class:'):].strip()}"
+    return _same_place(entry)
+
+# %% ../nbs/03_data.ipynb #cell162
+def split_ood(
+    dataset:str,            # the data set under study
+    ood:str = "",           # as for `ood_names`
+    ood_search:str = "",    # sets that the search alone sees, as for `ood_names`; "": no such sets
+    protocol:str = "paper", # one of `protocols`
+) -> tuple:                 # all sets as for `ood_names`; what those of the search have in common
+    "OoD sets of search and report. Errors: protocol paper, nothing is left for the report."
+    if not ood_search: return ood, set()
+    if protocol != "holdout":
+        raise ValueError(f"ood_search {ood_search!r} needs protocol 'holdout': under 'paper' the "
+                         "search sees what is reported.")
+    entries = _ood_entries(ood) or ood_names(dataset)
+    known = {entry if entry.startswith("classes:") else _same_entry(dataset, entry)
+             for entry in entries}
+    searched = {_same_entry(dataset, entry): entry for entry in _ood_entries(ood_search)}
+    if not known - set(searched):
+        raise ValueError(f"ood_search {ood_search!r} leaves no OoD set for the report: "
+                         f"name others by ood besides {', '.join(entries)}.")
+    added = [entry for place, entry in searched.items() if place not in known]
+    return _as_ood([*entries, *added]), set(searched)
+
+# %% ../nbs/03_data.ipynb #cell163
+def ood_places(
+    dataset:str,     # the data set under study
+    ood:str = "",    # as for `ood_names`
+) -> list:           # in the order of `ood_names`
+    "Where OoD sets are: folders, and names of rendered sets."
+    return [_same_place(name) for name in ood_names(dataset, ood)]
+
+# %% ../nbs/03_data.ipynb #cell168
 protocols = ("paper", "holdout")
 
 def n_folds(
@@ -833,7 +887,7 @@ def n_folds(
                          "which each image trains some head: leave folds at 0.")
     return 1
 
-# %% ../nbs/03_data.ipynb #cell159
+# %% ../nbs/03_data.ipynb #cell170
 def protocol_splits(
     images:ImageSet,
     protocol:str = "paper",  # one of `protocols`
@@ -852,7 +906,7 @@ def protocol_splits(
     else: train, validation = split_validation(images, train, seed)
     return [(train, validation)], [(train, evaluate)]
 
-# %% ../nbs/03_data.ipynb #cell161
+# %% ../nbs/03_data.ipynb #cell172
 def _report_share(
     others:list,      # the OoD image sets
     n_report:int,     # OoD images of the report
@@ -865,7 +919,7 @@ def _report_share(
     return [-(-size * n_report // n) if count == size else size
             for size, count in zip(sizes, counts)]
 
-# %% ../nbs/03_data.ipynb #cell163
+# %% ../nbs/03_data.ipynb #cell174
 def protocol_mixtures(
     others:list,        # the OoD image sets
     search:list,        # (train, evaluation) of each fold, as from `protocol_splits`
@@ -890,7 +944,30 @@ def protocol_mixtures(
     unseen = ood_mixture(others, n_search, seed, taken, split)
     return others, [(train, validation, unseen)], [(train, evaluate, taken)]
 
-# %% ../nbs/03_data.ipynb #cell174
+# %% ../nbs/03_data.ipynb #cell175
+def separate_mixtures(
+    others:list,      # the OoD image sets
+    searched:list,    # whether the search sees each of them; the report uses the others
+    search:list,      # (train, evaluation) of the only fold, as from `protocol_splits`
+    report:list,      # the same
+    n_ood:int = 0,    # as for `mixture_sizes`
+    seed:int = 0,     # of the draw
+    split:int = -1,   # as for `ood_mixture`
+) -> tuple:           # as from `protocol_mixtures`
+    "OoD images of search and report from different sets."
+    others, found = [*others], []
+    for ((train, evaluate),), seen in ((search, True), (report, False)):
+        numbers = [k for k, flag in enumerate(searched) if flag == seen]
+        sets = [others[k] for k in numbers]
+        n, = mixture_sizes(sets, [len(evaluate)], n_ood)
+        sets = enlarged(sets, n)
+        mixture = [np.empty(0, int) for _ in others]
+        for k, images, drawn in zip(numbers, sets, ood_mixture(sets, n, seed, split=split)):
+            others[k], mixture[k] = images, drawn
+        found.append([(train, evaluate, mixture)])
+    return others, *found
+
+# %% ../nbs/03_data.ipynb #cell188
 def _contact_sheet(rows, size):
     "Rows of square images side by side on white, uint8 (height, width, 3)."
     sheet = np.full((len(rows) * size, max(map(len, rows)) * size, 3), 255, np.uint8)
@@ -899,7 +976,7 @@ def _contact_sheet(rows, size):
             sheet[y:y + size, x:x + size] = image
     return sheet
 
-# %% ../nbs/03_data.ipynb #cell175
+# %% ../nbs/03_data.ipynb #cell189
 def plot_examples(
     images:ImageSet,
     indices:np.ndarray,    # of the images to choose from

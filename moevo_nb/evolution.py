@@ -44,6 +44,7 @@ class SearchConfig:
     seed:int = 0
     n_evals:int = 200                            # masks to ask for, repeated ones included
     surrogate:np.ndarray|None = None             # importance in its kernel; None: no surrogate
+    by:tuple|None = None                         # objectives that count; None: all of them
     initial:np.ndarray|None = None               # first masks; the strategy makes what is missing
 
     def first_masks(self):
@@ -68,32 +69,37 @@ class _Normalization(HyperplaneNormalization):
         self.nadir_point = np.where(flat, self.ideal_point + 1, self.nadir_point)
 
 # %% ../nbs/13_evolution.ipynb #cell13
-def spea2(**settings):
-    "pymoo's SPEA2, also for objectives of one value."
-    algorithm = SPEA2(survival=SPEA2Survival(normalize=True), **settings)
-    algorithm.survival.norm = _Normalization(len(objectives))
-    return algorithm
+class _Spea2(SPEA2):
+    "SPEA2 with that normalisation, for as many objectives as the problem has."
+    def _setup(self, problem, **kwargs):
+        super()._setup(problem, **kwargs)
+        self.survival.norm = _Normalization(problem.n_obj)
 
 # %% ../nbs/13_evolution.ipynb #cell14
+def spea2(**settings):
+    "pymoo's SPEA2, also for objectives of one value."
+    return _Spea2(survival=SPEA2Survival(normalize=True), **settings)
+
+# %% ../nbs/13_evolution.ipynb #cell15
 def smsemoa(**settings):
     "pymoo's SMS-EMOA with a survival of its own."
     return SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **settings)
 
-# %% ../nbs/13_evolution.ipynb #cell16
+# %% ../nbs/13_evolution.ipynb #cell17
 class _OnePointSurvival(AGEMOEA2Survival):
     "The survival of AGE-MOEA-II, also where a whole front is one point."
     def survival_score(self, front, ideal_point):
         if np.ptp(front, axis=0).max() > 1e-9: return super().survival_score(front, ideal_point)
         return np.zeros(len(front)), 1, front.max(axis=0)
 
-# %% ../nbs/13_evolution.ipynb #cell17
+# %% ../nbs/13_evolution.ipynb #cell18
 def agemoea2(**settings):
     "pymoo's AGE-MOEA-II, also for fronts of one point."
     algorithm = AGEMOEA2(**settings)
     algorithm.survival = _OnePointSurvival()
     return algorithm
 
-# %% ../nbs/13_evolution.ipynb #cell19
+# %% ../nbs/13_evolution.ipynb #cell20
 def n_candidates(
     n_offsprings:int,   # masks a step
     n_neurons:int,
@@ -101,7 +107,7 @@ def n_candidates(
     "How many offspring are made for a surrogate to choose from."
     return max(10 * n_offsprings, min(100, 2**24 // n_neurons))
 
-# %% ../nbs/13_evolution.ipynb #cell21
+# %% ../nbs/13_evolution.ipynb #cell22
 class PymooAlgorithm:
     "The steps of an algorithm of pymoo."
     def __init__(
@@ -110,13 +116,14 @@ class PymooAlgorithm:
         config:SearchConfig,
     ):
         self.config, variation, n = config, config.variation, config.n_offsprings
-        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate)
+        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate, config.by)
         candidates = n if self.evaluated is None else n_candidates(n, variation.n_neurons)
         self.algorithm = make(
             pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(),
             eliminate_duplicates=False,
             crossover=variation.crossover(), mutation=variation.mutation())
-        binary = PymooProblem(n_var=variation.n_neurons, n_obj=len(objectives), vtype=bool)
+        n_objectives = len(config.by or objectives)
+        binary = PymooProblem(n_var=variation.n_neurons, n_obj=n_objectives, vtype=bool)
         self.algorithm.setup(binary, termination=NoTermination(), seed=config.seed)
 
     def ask(self):
@@ -131,11 +138,11 @@ class PymooAlgorithm:
     def tell(self, table):
         "The objectives of what was asked for; fewer where the budget cuts the last step."
         self.asked = self.asked[:len(table)]
-        self.asked.set("F", minimised(table))
+        self.asked.set("F", minimised(table, self.config.by))
         if self.evaluated: self.evaluated.add(self.asked.get("X").astype(bool), table)
         self.algorithm.tell(infills=self.asked)
 
-# %% ../nbs/13_evolution.ipynb #cell23
+# %% ../nbs/13_evolution.ipynb #cell24
 class RandomAlgorithm:
     "Masks as the strategy makes them from nothing, for ever."
     def __init__(self, config):
@@ -149,7 +156,7 @@ class RandomAlgorithm:
 
     def tell(self, table): pass
 
-# %% ../nbs/13_evolution.ipynb #cell25
+# %% ../nbs/13_evolution.ipynb #cell26
 class EvoPruneDeepTL:
     "A steady-state genetic algorithm for accuracy."
     def __init__(self, config):
@@ -204,7 +211,7 @@ class EvoPruneDeepTL:
         if self.population is not None: return self.insert()
         self.population, self.accuracy = self.asked.copy(), table.accuracy.to_numpy(copy=True)
 
-# %% ../nbs/13_evolution.ipynb #cell31
+# %% ../nbs/13_evolution.ipynb #cell32
 class SparseEA:
     "Scores of neurons, from masks of a group of them each; then NSGA-II by these scores."
     def __init__(self, config):
@@ -232,13 +239,13 @@ class SparseEA:
 
     def begin(self, table):
         "Start the search by scores, given the objectives of each group."
-        self.scoring.set("F", minimised(table))
+        self.scoring.set("F", minimised(table, self.config.by))
         _, front = NonDominatedSorting().do(self.scoring.get("F"), return_rank=True)
         by_scores = ScoredVariation(front[self.group])
         self.search = PymooAlgorithm(nsga2, replace(self.config, variation=by_scores))
         if self.search.evaluated: self.search.evaluated.add(self.scoring.get("X"), table)
 
-# %% ../nbs/13_evolution.ipynb #cell36
+# %% ../nbs/13_evolution.ipynb #cell37
 algorithms = {
     "nsga2": partial(PymooAlgorithm, nsga2),
     "spea2": partial(PymooAlgorithm, spea2),
@@ -249,7 +256,7 @@ algorithms = {
     "sparseea": SparseEA,
 }
 
-# %% ../nbs/13_evolution.ipynb #cell38
+# %% ../nbs/13_evolution.ipynb #cell39
 def search_memory(
     n_neurons:int,
     n_evals:int = 200,
@@ -269,7 +276,7 @@ def search_memory(
         found["runs"] = runs * (16 * remembered_masks**2 + 16 * remembered_masks * numbers)
     return found
 
-# %% ../nbs/13_evolution.ipynb #cell40
+# %% ../nbs/13_evolution.ipynb #cell41
 def check_search_size(
     **sizes,   # as `search_memory` takes them
 ):
@@ -282,7 +289,7 @@ def check_search_size(
                          f"{available / 2**30:,.1f} GiB are available: "
                          f"lower {max(parts, key=parts.get)}.")
 
-# %% ../nbs/13_evolution.ipynb #cell43
+# %% ../nbs/13_evolution.ipynb #cell44
 def _check_search(variation, algorithm, numbers, arrays):
     "Errors: an unknown algorithm, a number out of range, an array for other neurons."
     if algorithm not in algorithms:
@@ -298,7 +305,7 @@ def _check_search(variation, algorithm, numbers, arrays):
             raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons "
                              "on its last axis are expected.")
 
-# %% ../nbs/13_evolution.ipynb #cell44
+# %% ../nbs/13_evolution.ipynb #cell45
 class Search:
     "One run: a pure function of its seed, of its settings, and of the objectives that it is told."
     def __init__(
@@ -311,6 +318,7 @@ class Search:
         algorithm:str = "nsga2",             # a key of `algorithms`
         surrogate:np.ndarray|None = None,    # importance in its kernel; None: no surrogate
         initial:np.ndarray|None = None,      # first masks; None: the strategy makes them all
+        by:tuple|None = None,                # objectives that count; None: all of `objectives`
     ):
         numbers = dict(n_evals=n_evals, pop_size=pop_size, n_offsprings=n_offsprings, seed=seed)
         arrays = dict(surrogate=surrogate, initial=initial)
@@ -320,11 +328,12 @@ class Search:
             n_offsprings=n_offsprings, informed=surrogate is not None)
         given = {name: array for name, array in arrays.items() if array is not None}
         told = [f"{name} {digest(np.asarray(array))[:8]}" for name, array in given.items()]
+        if by and by != tuple(objectives): told.insert(0, f"by {' + '.join(by)}")
         course = f"{variation.name} {algorithm} population {pop_size} + {n_offsprings}"
         self.name = ", ".join([course, *told, f"seed {seed}"])
         self.n_evals, self.left, self.masks, self.tables = n_evals, n_evals, [], []
         config = SearchConfig(
-            variation, pop_size, n_offsprings, seed, n_evals, surrogate, initial)
+            variation, pop_size, n_offsprings, seed, n_evals, surrogate, by, initial)
         self.steps = algorithms[algorithm](config)
 
     def ask(self):
@@ -345,7 +354,7 @@ class Search:
         masks = np.unpackbits(np.concatenate(self.masks), axis=1, count=self.asked.shape[1])
         return masks.view(bool), pd.concat(self.tables, ignore_index=True)
 
-# %% ../nbs/13_evolution.ipynb #cell55
+# %% ../nbs/13_evolution.ipynb #cell59
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -363,7 +372,7 @@ def evolve(
         if on_step: on_step(searches)
     return [search.history() for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell60
+# %% ../nbs/13_evolution.ipynb #cell64
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -371,7 +380,7 @@ def run_names(
     "The names of runs."
     return [f"{evaluator.key[:16]}: {search.name}" for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell61
+# %% ../nbs/13_evolution.ipynb #cell65
 def run_searches(
     evaluator:Evaluator,
     searches:list,
@@ -407,7 +416,7 @@ def run_searches(
             for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/13_evolution.ipynb #cell71
+# %% ../nbs/13_evolution.ipynb #cell75
 def search_strategy(
     name:str,            # "paper" or "informed"
     problem:Problem,     # whose training images inform the search

@@ -24,13 +24,14 @@ def _minimised_columns(table):
 
 # %% ../nbs/19_selection.ipynb #cell9
 def knee(
-    table:pd.DataFrame,  # a row for each member, with the columns in `objectives`
-) -> int:                # position of the member in the table
+    table:pd.DataFrame,     # a row for each member, with the columns in `objectives`
+    by:tuple|None = None,   # the objectives that count; None: all of them
+) -> int:                   # position of the member in the table
     "The member nearest to the ideal point, with objectives scaled to the ranges of the front."
     if not len(table):
         raise ValueError("the table has no row; expected a front with at least one member")
-    values = minimised(table)
-    front = values[non_dominated(table)]
+    values = minimised(table, by)
+    front = values[non_dominated(table, by)]
     ideal = front.min(axis=0)
     span = np.ptp(front, axis=0)
     scaled = (values - ideal) / np.where(span > 0, span, 1)
@@ -46,13 +47,14 @@ def _smallest_within_one_point(values, unpruned):
 
 # %% ../nbs/19_selection.ipynb #cell16
 def notable_members(
-    table:pd.DataFrame,  # a front, a row for each member
-    unpruned:dict,       # objectives of the unpruned network; a Series will do
-) -> pd.DataFrame:       # indexed by name: the position `member` in the table, and the objectives
+    table:pd.DataFrame,     # a front, a row for each member
+    unpruned:dict,          # objectives of the unpruned network; a Series will do
+    by:tuple|None = None,   # the objectives of the front, for the knee; None: all of `objectives`
+) -> pd.DataFrame:          # indexed by name: the position `member` in the table, and the objectives
     "The best in each measured objective, the knee, the smallest good member, the unpruned network."
     unpruned = pd.DataFrame([dict(unpruned)])
     values = _minimised_columns(table)
-    middle = knee(table)   # stops on an empty front
+    middle = knee(table, by)   # stops on an empty front
     chosen = {}
     for name in measured_objectives():
         chosen[f"best {objectives[name].label}"] = _first(values[name], values)

@@ -6,7 +6,8 @@
 __all__ = ['parameters', 'experiment_figures', 'packages', 'Parameter', 'parameter_errors', 'make_parameters', 'given_parameters',
            'collect_parameters', 'course_settings', 'package_commit', 'code_digests', 'results_folder', 'Run',
            'as_json', 'Progress', 'SearchProgress', 'most_seconds', 'StudyImages', 'load_images', 'load_features',
-           'StudyProblems', 'load_problems', 'run_notebook', 'read_results', 'published_fronts']
+           'StudyProblems', 'load_problems', 'corrupted_problem', 'load_corrupted', 'measure_corrupted', 'run_notebook',
+           'read_results', 'published_fronts']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -17,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +33,18 @@ import torch
 import moevo_nb
 
 from .backbone import backbones, cached_features, weights_file
+from .corruption import (
+    accuracy_by_kind, auroc_by_kind, corrupted_features, corruption_names)
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
-    ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
+    near_sets, ood_names, ood_places, ood_sets, protocol_mixtures, protocol_splits, protocols,
+    separate_mixtures, split_ood)
 from .encoding import encodings, find_encoding
-from .evaluation import Problem, connect_dask
+from .ensemble import majority_vote
+from .evaluation import Problem, connect_dask, stack_outputs
 from .evolution import algorithms, check_search_size
 from .head import presets
-from .pareto import hypervolume, objectives
+from .pareto import chosen_objectives, hypervolume, objectives
 from .robustness import detectors
 from .system import (
     atomic_path, cache_folder, check_cache, data_folder, did_you_mean, digest, explained,
@@ -69,6 +74,7 @@ def _at_least(default, meaning, least):
 parameters = {
     "dataset": Parameter("flowers", "rendered set, name under MOEVO_DATA, path of class folders"),
     "ood": Parameter("", 'OoD sets, class:NAME, classes:N, by commas; "": registered sets'),
+    "ood_search": Parameter("", 'those that the search alone sees, under holdout; "": no such'),
     "n_ood": _at_least(0, "OoD images; 0: as many as evaluation images", 0),
     "backbone": Parameter(
         "efficientnet_lite0", "frozen network; also torchvision:NAME or timm:NAME"),
@@ -77,7 +83,8 @@ parameters = {
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
     "encoding": _one_of(
         "features", "features, units, two_layers_first/second/both or connections", *encodings),
-    "detector": _one_of("odin", "OoD score: odin, msp or energy", *detectors),
+    "detector": _one_of("odin", "OoD score, a name in 07_robustness: odin, knn, vim, …", *detectors),
+    "corruptions": Parameter("none", "none, all, or kinds in 17_corruption, by commas"),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
     "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
@@ -86,6 +93,8 @@ parameters = {
         "paper", "training of the front that is reported: paper or quick", *presets),
     "search": _one_of(
         "informed", "informed by features and earlier masks, or paper: blind", "informed", "paper"),
+    "objectives": Parameter(
+        "accuracy,active_fraction,auroc", "that the search and its front count: two or three"),
     "algorithm": _one_of(
         "nsga2", "nsga2, spea2, smsemoa, agemoea2, random, sparseea or evoprunedeeptl", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
@@ -163,8 +172,11 @@ def _check_availability(p):
     _check_memory(p)
     _check_search(p)
     locate(p.dataset)
-    ood_names(p.dataset, p.ood)
-    if classes := class_names(p.dataset): held_out_classes(classes, p.ood, p.seed)
+    corruption_names(p.corruptions)
+    chosen_objectives(p.objectives)
+    ood, _ = split_ood(p.dataset, p.ood, p.ood_search, p.protocol)
+    ood_names(p.dataset, ood)
+    if classes := class_names(p.dataset): held_out_classes(classes, ood, p.seed)
     weights_file(p.backbone, p.weights)
     mps = torch.backends.mps.is_available()
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=mps)
@@ -242,7 +254,8 @@ def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
     "The parameters that decide the course of a search."
-    others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
+    others = ("report_preset corruptions n_evals runs n_jobs scheduler resume on_bad show_images "
+              "out_dir").split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
 # %% ../nbs/22_study.ipynb #cell37
@@ -323,7 +336,8 @@ def results_folder(
 
 # %% ../nbs/22_study.ipynb #cell47
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
-                      "neurons", "cams", "pointing", "ensembles")
+                      "neurons", "cams", "pointing", "ensembles", "calibration", "corruptions",
+                      "corruptions_auroc")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
@@ -486,9 +500,11 @@ class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
         self,
-        total:int,   # evaluations of all runs
+        total:int,              # evaluations of all runs
+        by:tuple|None = None,   # the objectives that count; None: all of `pareto.objectives`
     ):
         super().__init__("evaluations", total)
+        self.by = by
         self.n_trained, self.tables = 0, []
 
     def trained(self):
@@ -504,7 +520,7 @@ class SearchProgress(Progress):
     def show(self):
         "How far the search is."
         done = max(sum(map(len, self.tables)), min(self.n_trained, self.total - 1))
-        volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
+        def volume(): return f", hypervolume {hypervolume(pd.concat(self.tables), by=self.by):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
 # %% ../nbs/22_study.ipynb #cell72
@@ -530,6 +546,9 @@ class StudyImages:
 
     @property
     def same_splits(self): return self.search_splits is self.report_splits
+
+    @property
+    def near_sets(self): return near_sets(self.images, self.ood_sets)
 
     def table(self):
         "How many images there are of each kind."
@@ -557,26 +576,32 @@ class StudyImages:
 
     def about(self):
         "What a result says of its images."
-        ood = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
+        counts = [self._ood_counts(mixture) for *_, mixture in self.report_splits]
+        ood = [{name: n for name, n in of_fold.items() if n} for of_fold in counts]
         images = dict(
             total=len(self.images), classes=len(self.images.classes), image_size=self.image_size,
             evaluation=[len(own) for _, own, _ in self.report_splits], skipped=self.images.skipped,
             ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
-        return dict(ood=ood, images=images)
+        return dict(ood=ood, near_sets=list(self.near_sets), images=images)
 
 # %% ../nbs/22_study.ipynb #cell76
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
     "The images of a study. Errors: all that is wrong with them."
+    ood, of_search = split_ood(p.dataset, p.ood, p.ood_search, p.protocol)
     images = load(p.dataset, p.on_bad, split=p.split)
-    images, near = hold_out(images, held_out_classes(images.classes, p.ood, p.seed))
-    others = near + ood_sets(images, p.dataset, p.ood, p.on_bad, p.split)
+    images, held_out = hold_out(images, held_out_classes(images.classes, ood, p.seed))
+    others = held_out + ood_sets(images, p.dataset, ood, p.on_bad, p.split)
     splits = protocol_splits(images, p.protocol, p.folds, p.seed, p.split)
-    others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
+    if of_search:
+        places = [part.name for part in held_out] + ood_places(p.dataset, ood)
+        searched = [place in of_search for place in places]
+        others, *splits = separate_mixtures(others, searched, *splits, p.n_ood, p.seed, p.split)
+    else: others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell81
+# %% ../nbs/22_study.ipynb #cell83
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -593,7 +618,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell82
+# %% ../nbs/22_study.ipynb #cell84
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -601,7 +626,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell83
+# %% ../nbs/22_study.ipynb #cell85
 def load_problems(
     p:SimpleNamespace,               # the parameters
     study:StudyImages|None = None,   # its images, if they are loaded already
@@ -619,14 +644,70 @@ def load_problems(
         sets = [np.repeat(names, [len(drawn) for drawn in mixture]) for *_, mixture in splits]
         folds = [(train, own) for train, own, _ in splits]
         return Problem(features, study.images.labels, folds, ood, sets, p.detector, training,
-                       p.encoding, p.seed, p.device)
+                       p.encoding, p.seed, p.device, study.near_sets)
 
     return StudyProblems(
         search=problem(study.search_splits, presets[p.preset]),
         selection=problem(study.search_splits, presets[p.report_preset]),
         report=problem(study.report_splits, presets[p.report_preset]))
 
-# %% ../nbs/22_study.ipynb #cell87
+# %% ../nbs/22_study.ipynb #cell89
+def corrupted_problem(
+    problem:Problem,   # as it is reported
+    evaluated:list,    # indices of the evaluation images, sorted, each once
+    features:dict,     # (kind, severity) -> features of these images, in this order
+) -> Problem:          # whose folds evaluate clean images, then those of each key
+    "A problem with corrupted images added to the evaluation images."
+    n = len(problem.features)
+    folds = []
+    for train, own in problem.folds:
+        places = np.searchsorted(evaluated, own)
+        versions = [n + k * len(evaluated) + places for k in range(len(features))]
+        folds.append((train, np.concatenate([own, *versions])))
+    labels = np.concatenate([problem.labels, np.tile(problem.labels[evaluated], len(features))])
+    everything = np.concatenate([problem.features, *features.values()])
+    return replace(problem, features=everything, labels=labels, folds=folds)
+
+# %% ../nbs/22_study.ipynb #cell91
+def load_corrupted(
+    p:SimpleNamespace,       # the parameters
+    study:StudyImages,
+    problem:Problem,         # as it is reported
+    n_jobs:int = 1,          # processes
+) -> tuple:                  # the problem, as from `corrupted_problem`; its keys
+    "The evaluation images under the corruptions that are asked for, from the cache if known."
+    evaluated = np.unique(np.concatenate([own for _, own, _ in study.report_splits]))
+    kinds = corruption_names(p.corruptions)
+    progress = Progress("corrupted images through the backbone", 3 * len(kinds) * len(evaluated))
+    features = corrupted_features(
+        study.images, evaluated, kinds, p.seed, lambda done, total: progress(done), name=p.backbone,
+        weights=p.weights, size=study.image_size, device=p.device, n_jobs=n_jobs)
+    return corrupted_problem(problem, evaluated, features), [*features]
+
+# %% ../nbs/22_study.ipynb #cell93
+def measure_corrupted(
+    problem:Problem,   # as from `corrupted_problem`
+    keys:list,         # (kind, severity) of each corruption
+    models:dict,       # name -> trained heads, one a fold
+    members:list,      # trained heads of the members of a front, a list with one a fold
+    votes:dict,        # name -> which members vote, bool (n_members,)
+) -> tuple:            # tables as from `corruption.by_kind`: accuracy, and AUROC without votes
+    "What models and votes are worth under corruptions, means over folds."
+    n, n_versions = len(models), len(keys) + 1
+    outputs = stack_outputs(problem, [*models.values(), *members])
+    accuracy, auroc = [], []
+    for k, (_, evaluated) in enumerate(problem.folds):
+        logits = outputs["logits"][k]
+        voted = [majority_vote(logits[n:][chosen]) for chosen in votes.values()]
+        predicted = np.stack([*logits[:n].argmax(axis=2), *voted])
+        labels = problem.labels[evaluated].reshape(n_versions, -1)[0]
+        predicted = predicted.reshape(len(predicted), n_versions, -1)
+        accuracy.append(accuracy_by_kind(predicted, labels, keys, [*models, *votes]))
+        scores = outputs["scores"][k][:n].reshape(n, n_versions, -1)
+        auroc.append(auroc_by_kind(scores, outputs["ood_scores"][k][:n], keys, [*models]))
+    return sum(accuracy) / len(accuracy), sum(auroc) / len(auroc)
+
+# %% ../nbs/22_study.ipynb #cell97
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -641,7 +722,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell90
+# %% ../nbs/22_study.ipynb #cell100
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -652,7 +733,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell91
+# %% ../nbs/22_study.ipynb #cell101
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -668,7 +749,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell94
+# %% ../nbs/22_study.ipynb #cell104
 def published_fronts(
     folder:str|Path = "paper_runs",   # where published_fronts.csv is
 ) -> dict:                            # data set -> a table with the objectives as columns

@@ -145,11 +145,12 @@ def extend_gp(
 
 # %% ../nbs/12_surrogate.ipynb #cell26
 def remembered(
-    table:pd.DataFrame,   # objectives of evaluated masks, the oldest first
-    n:int,                # how many to keep
-) -> np.ndarray:          # indices, in order
+    table:pd.DataFrame,     # objectives of evaluated masks, the oldest first
+    n:int,                  # how many to keep
+    by:tuple|None = None,   # the objectives that count; None: all of `objectives`
+) -> np.ndarray:            # indices, in order
     "The newest of the front, and the newest of the others where there is room."
-    newest_first = np.lexsort([-np.arange(len(table)), ~non_dominated(table)])
+    newest_first = np.lexsort([-np.arange(len(table)), ~non_dominated(table, by)])
     return np.sort(newest_first[:n])
 
 # %% ../nbs/12_surrogate.ipynb #cell30
@@ -163,10 +164,13 @@ class MaskSurrogate:
         most:int = remembered_masks,   # masks to remember
         always_fitted:int = 250,       # masks up to which each addition chooses hyper-parameters
         growth:float = 1.1,            # of their number, at which it chooses them later
+        by:tuple|None = None,          # the objectives that count; None: all of `objectives`
         **grid,                        # of hyper-parameters, as `fit_gp` takes it
     ):
         self.importance, self.most, self.grid = importance, most, grid
         self.always_fitted, self.growth = always_fitted, growth
+        self.by = tuple(by or objectives)
+        self.measured = [name for name in measured_objectives() if name in self.by]
         self.masks, self.table, self.n_fitted = None, None, 0   # `DescribedMasks`; objectives
 
     def add(
@@ -187,7 +191,7 @@ class MaskSurrogate:
 
     def forget(self):
         "Keep four fifths of the masks that may be remembered."
-        kept = remembered(self.table, 4 * self.most // 5)
+        kept = remembered(self.table, 4 * self.most // 5, self.by)
         self.masks, self.table = self.masks[kept], self.table.iloc[kept]
 
     def fit(self):
@@ -204,7 +208,7 @@ class MaskSurrogate:
 
     def standardised(self):
         "The measured objectives with mean 0 and standard deviation 1, (n_masks, n_objectives)."
-        values = self.table[measured_objectives()].to_numpy()
+        values = self.table[self.measured].to_numpy()
         self.centre, self.scale = values.mean(0), values.std(0) + 1e-9
         return (values - self.centre) / self.scale
 
@@ -257,9 +261,11 @@ class Evaluated:
     def __init__(
         self,
         importance:np.ndarray,   # (n_neurons,)
+        by:tuple|None = None,    # the objectives that count; None: all of `objectives`
     ):
-        self.surrogate, self.masks = MaskSurrogate(importance), set()
-        self.free = _sobol_points(len(objectives))
+        self.surrogate, self.masks = MaskSurrogate(importance, by=by), set()
+        self.by = self.surrogate.by
+        self.free = _sobol_points(len(self.by))
 
     def add(
         self,
@@ -269,7 +275,7 @@ class Evaluated:
         "Learn from evaluations."
         self.surrogate.add(masks, table)
         self.masks.update(map(_identity, masks))
-        self.free = _undominated(self.free, minimised(table))
+        self.free = _undominated(self.free, minimised(table, self.by))
 
 # %% ../nbs/12_surrogate.ipynb #cell52
 def predicted_objectives(
@@ -278,12 +284,12 @@ def predicted_objectives(
 ) -> pd.DataFrame:             # a row each, optimistic by one standard deviation, in [0, 1]
     "Optimistic predictions; the objectives that a mask alone decides are exact."
     mean, deviation = surrogate.predict(offspring)
-    unknown = measured_objectives()
+    unknown = surrogate.measured
     better = [1 if objectives[name].maximise else -1 for name in unknown]
     hoped = dict(zip(unknown, np.clip(mean + better * deviation, 0, 1).T))
-    known = [name for name in objectives if name not in unknown]
+    known = [name for name in surrogate.by if name not in unknown]
     exact = {name: objectives[name].of_mask(offspring) for name in known}
-    return pd.DataFrame(hoped | exact)[list(objectives)]
+    return pd.DataFrame(hoped | exact)[list(surrogate.by)]
 
 # %% ../nbs/12_surrogate.ipynb #cell54
 def select_offspring(
@@ -292,7 +298,7 @@ def select_offspring(
     evaluated:Evaluated,     # of the search so far
 ) -> list:                   # indices of the chosen
     "The offspring that promise most hypervolume; a known one only if there is no other."
-    points = minimised(predicted_objectives(offspring, evaluated.surrogate))
+    points = minimised(predicted_objectives(offspring, evaluated.surrogate), evaluated.by)
     free, chosen = evaluated.free, []
     made = [_identity(mask) for mask in offspring]
     repeated = np.array([mask in evaluated.masks for mask in made])

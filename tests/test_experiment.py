@@ -43,7 +43,8 @@ def test_a_run_leaves_everything_behind(finished):
     out = finished[0] / "results"
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
-    assert set(result["ood_by_set"]) == set(result["notable_members"])
+    assert set(result["ood_by_set"]) == set(result["calibration"]) == {*result["notable_members"], "front median"}
+    assert all(0 <= found[ece] <= 1 for found in result["calibration"].values() for ece in ("ece", "scaled_ece"))
     unpruned = result["ood_by_set"]["unpruned"]["auroc"]
     assert list(unpruned) == ["weaves", "pooled"] and abs(unpruned["pooled"] - result["unpruned"]["auroc"]) < 1e-9
     assert result["seeds"] == [1, 2, 3, 4, 5] and result["gains_over_seeds"]["knee"]["accuracy"]["min"] <= 1
@@ -55,7 +56,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert len(front) == result["front_size"]
     assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
     names = {f.stem for f in (out / "figures").glob("*.png")}
-    assert names == {"front", "hypervolume", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
+    assert names == {"front", "hypervolume", "ood", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
     assert names <= {f.stem for f in (out / "figures").glob("*.csv")} and (out / "evaluations.sqlite").exists()
 
 
@@ -75,8 +76,10 @@ def test_a_warm_cache_spares_the_backbone(finished):
 
 
 def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, class_folders, tmp_path):
-    own = dict(search="paper", preset="quick", report_preset="quick", protocol="holdout", runs=2, out_dir="results")
-    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, **own, **small)
+    "With two objectives, another detector, an OoD set of the search's own, and a corruption."
+    own = dict(search="paper", preset="quick", report_preset="quick", protocol="holdout", runs=2, out_dir="results", objectives="accuracy,auroc",
+               detector="knn", ood="weaves,pebbles", ood_search="pebbles", corruptions="jpeg")
+    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, **dict(small, **own))
     assert done.returncode == 0, done.stderr[-3000:]
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
@@ -88,6 +91,10 @@ def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, cla
     assert attained.columns.tolist() == [(o, f"run_{k}") for o in ("accuracy", "auroc") for k in range(2)]
     curves = pd.read_csv(tmp_path / "results" / "figures" / "hypervolume.csv")
     assert len(curves) == 7 and (attained.diff().iloc[1:] >= 0).all(axis=None)
+    assert result["ood"] == [{"weaves": 9}] and [*result["ood_by_set"]["unpruned"]["auroc"]] == ["weaves", "pooled"]
+    under = result["corruptions"]["accuracy"]
+    assert under["unpruned"]["clean"] == result["unpruned"]["accuracy"] and [*under["unpruned"]] == ["clean", "jpeg", "mean"]
+    assert any(name.startswith("vote") for name in under) and set(result["corruptions"]["auroc"]) == set(result["notable_members"])
 
 
 def test_run_all_again_and_every_cell_singly(class_folders, cache, tmp_path, monkeypatch):
@@ -132,6 +139,8 @@ def test_resume_must_says_what_differs(finished, class_folders, tmp_path):
 @pytest.mark.parametrize("wrong, said", [
     (dict(datset="flowers", n_evals="many", pop_size=1, dataset="007", show_images="false"),
      ["did you mean 'dataset'?", "int expected", "at least 2", "dataset = 7 is int", "-r dataset VALUE", "write True or False"]),
+    (dict(objectives="accuracy,aurocs"), ["did you mean 'auroc'?"]), (dict(corruptions="jpgs"), ["did you mean 'jpeg'?"]),
+    (dict(ood="class:rose"), ["class 'rose' is to be held out, but there is no such class"]), (dict(ood_search="weaves"), ["needs protocol 'holdout'"]),
     (dict(out_dir="/proc/x"), ["cannot be written"])])
 def test_bad_parameters_stop_before_anything_is_computed(tmp_path, wrong, said):
     (tmp_path / "results").mkdir()

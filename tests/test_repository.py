@@ -80,11 +80,11 @@ def test_a_source_distribution_can_be_installed(tmp_path):
 
 layers = {   # module: what it may import, besides system, which every module may use
     "system": "", "rendering": "", "registry": "", "data": "rendering registry", "backbone": "data", "encoding": "", "head": "encoding",
-    "robustness": "", "pareto": "", "store": "pareto", "evaluation": "encoding head robustness pareto store",
+    "robustness": "", "calibration": "", "pareto": "", "store": "pareto", "evaluation": "encoding head robustness pareto store",
     "operators": "encoding head", "surrogate": "pareto", "evolution": "operators surrogate evaluation pareto store",
     "explain": "backbone encoding head operators pareto", "ensemble": "robustness",
     "baselines": "encoding head evaluation pareto store", "statistics": "",
-    "selection": "pareto evaluation surrogate ensemble",
+    "selection": "pareto evaluation surrogate ensemble", "corruption": "data backbone robustness",
 }
 
 
