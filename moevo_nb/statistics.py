@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_interval', 'holm', 'compare_methods', 'plot_intervals', 'friedman', 'spearman_interval', 'mcnemar',
-           'accuracy_interval', 'auroc_interval', 'stability']
+           'accuracy_interval', 'auroc_interval', 'with_intervals', 'stability']
 
 # %% ../nbs/18_statistics.ipynb #cell3
 import matplotlib.pyplot as plt
@@ -193,7 +193,20 @@ def auroc_interval(
     high = optimize.brentq(beyond, auroc + step, 1) if auroc < 1 - step else 1.0
     return float(low), float(high)
 
-# %% ../nbs/18_statistics.ipynb #cell60
+# %% ../nbs/18_statistics.ipynb #cell59
+def with_intervals(
+    table:pd.DataFrame,   # a row for each classifier, with the columns accuracy and auroc
+    n_images:int,         # that accuracy was measured on, in all folds
+    n_ood:int,            # OoD images, in all folds
+) -> pd.DataFrame:        # and accuracy_low, accuracy_high, auroc_low, auroc_high
+    "A table with an interval beside each accuracy and each AUROC."
+    found = table.copy()
+    ends = {"accuracy": [accuracy_interval(value, n_images) for value in table.accuracy],
+            "auroc": [auroc_interval(value, n_images, n_ood) for value in table.auroc]}
+    for name, pairs in ends.items(): found[[f"{name}_low", f"{name}_high"]] = pairs
+    return found
+
+# %% ../nbs/18_statistics.ipynb #cell62
 def stability(
     masks:np.ndarray,   # bool (n_masks, n_neurons)
 ) -> float:             # at most 1; 0: as random masks

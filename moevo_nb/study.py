@@ -6,7 +6,8 @@
 __all__ = ['parameters', 'experiment_figures', 'packages', 'published', 'Parameter', 'parameter_errors', 'make_parameters',
            'given_parameters', 'collect_parameters', 'course_settings', 'package_commit', 'code_digests',
            'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'StudyImages', 'load_images',
-           'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'read_results']
+           'load_features', 'StudyProblems', 'load_problems', 'run_notebook', 'FinishedRun', 'read_run',
+           'source_digests', 'check_sources', 'read_results']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -31,10 +32,11 @@ import torch
 
 import moevo_nb
 
-from .backbone import backbones, cached_features, weights_file
+from .backbone import backbones, cached_features, weights_file, weights_hash
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
     ood_names, ood_sets, protocol_mixtures, protocol_splits, protocols)
+from .deploy import load_heads
 from .encoding import encodings, find_encoding
 from .evaluation import Problem, connect_dask
 from .evolution import algorithms, check_search_size
@@ -146,7 +148,7 @@ def _check_memory(p):
                          f"{needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are "
                          "available: ask for smaller images or fewer processes.")
 
-# %% ../nbs/22_study.ipynb #x
+# %% ../nbs/22_study.ipynb #cell19
 def _check_search(p):
     "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
     n_features = backbones.get(p.backbone, {}).get("n_features", 512)
@@ -155,7 +157,7 @@ def _check_search(p):
         pop_size=p.pop_size, n_offsprings=p.n_offsprings, runs=p.runs,
         informed=p.search == "informed")
 
-# %% ../nbs/22_study.ipynb #cell19
+# %% ../nbs/22_study.ipynb #cell20
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds, p.split)
@@ -174,7 +176,7 @@ def _check_availability(p):
                          f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell20
+# %% ../nbs/22_study.ipynb #cell21
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
@@ -187,7 +189,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cell22
+# %% ../nbs/22_study.ipynb #cell23
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -201,7 +203,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell24
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -210,7 +212,7 @@ def _last_assigned(inputs):
         elif names: break
     return names
 
-# %% ../nbs/22_study.ipynb #cell25
+# %% ../nbs/22_study.ipynb #cell26
 def given_parameters(
     namespace:dict,       # a notebook's `globals()`
     known = parameters,   # names of its parameters
@@ -223,7 +225,7 @@ def given_parameters(
     return {name: value for name, value in plain.items()
             if name in known or not assigned or name in assigned}
 
-# %% ../nbs/22_study.ipynb #cell30
+# %% ../nbs/22_study.ipynb #cell31
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     names:str,          # of its parameters, separated by spaces
@@ -236,7 +238,7 @@ def collect_parameters(
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell33
+# %% ../nbs/22_study.ipynb #cell34
 def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
@@ -244,7 +246,7 @@ def course_settings(
     others = "report_preset n_evals runs n_jobs scheduler resume on_bad show_images out_dir".split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
-# %% ../nbs/22_study.ipynb #cell36
+# %% ../nbs/22_study.ipynb #cell37
 def package_commit(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> str|None:
@@ -260,7 +262,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #cell38
+# %% ../nbs/22_study.ipynb #cell39
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -273,7 +275,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #cell41
+# %% ../nbs/22_study.ipynb #cell42
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -281,7 +283,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #cell42
+# %% ../nbs/22_study.ipynb #cell43
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -290,14 +292,14 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #cell43
+# %% ../nbs/22_study.ipynb #cell44
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
     if not _holds_another(folder, dataset): return folder
     return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
-# %% ../nbs/22_study.ipynb #cell44
+# %% ../nbs/22_study.ipynb #cell45
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
@@ -320,13 +322,13 @@ def results_folder(
     check_cache()
     return folder
 
-# %% ../nbs/22_study.ipynb #cell46
+# %% ../nbs/22_study.ipynb #cell47
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
                       "neurons", "cams", "pointing", "ensembles")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell47
+# %% ../nbs/22_study.ipynb #cell48
 _holders = {}   # folder -> the run of this process that holds it
 
 class _HeldFolder:
@@ -349,7 +351,7 @@ class _HeldFolder:
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #cell51
+# %% ../nbs/22_study.ipynb #cell52
 class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
@@ -368,7 +370,8 @@ class Run(_HeldFolder):
         if self.started: return
         self.started = True
         figures = [f"figures/{figure}.{kind}" for figure in self.figures for kind in ("png", "csv")]
-        for name in ("result.json", "front.csv", "evaluations.sqlite", *figures):
+        files = "result.json", "front.csv", "evaluations.sqlite", "heads.safetensors", "front.html"
+        for name in (*files, *figures):
             (self.folder / name).unlink(missing_ok=True)
 
     def _stoppable(self, what):
@@ -436,7 +439,7 @@ class Run(_HeldFolder):
         with self.writing("result.json") as path: write_text(path, text)
         self.release()
 
-# %% ../nbs/22_study.ipynb #cell52
+# %% ../nbs/22_study.ipynb #cell53
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
@@ -452,7 +455,7 @@ def as_json(
     if isinstance(value, list): return [as_json(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
-# %% ../nbs/22_study.ipynb #cell65
+# %% ../nbs/22_study.ipynb #cell66
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -480,7 +483,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell68
+# %% ../nbs/22_study.ipynb #cell69
 class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
@@ -506,7 +509,7 @@ class SearchProgress(Progress):
         volume = lambda: f", hypervolume {hypervolume(pd.concat(self.tables)):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
-# %% ../nbs/22_study.ipynb #cell71
+# %% ../nbs/22_study.ipynb #cell72
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -552,7 +555,7 @@ class StudyImages:
             ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
         return dict(ood=ood, images=images)
 
-# %% ../nbs/22_study.ipynb #cell72
+# %% ../nbs/22_study.ipynb #cell73
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
@@ -564,7 +567,7 @@ def load_images(
     others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell80
+# %% ../nbs/22_study.ipynb #cell78
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -581,7 +584,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell81
+# %% ../nbs/22_study.ipynb #cell79
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -589,7 +592,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell82
+# %% ../nbs/22_study.ipynb #cell80
 def load_problems(
     p:SimpleNamespace,               # the parameters
     study:StudyImages|None = None,   # its images, if they are loaded already
@@ -614,7 +617,7 @@ def load_problems(
         selection=problem(study.search_splits, presets[p.report_preset]),
         report=problem(study.report_splits, presets[p.report_preset]))
 
-# %% ../nbs/22_study.ipynb #cell86
+# %% ../nbs/22_study.ipynb #cell84
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -629,7 +632,68 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
+# %% ../nbs/22_study.ipynb #cell87
+@dataclass(frozen=True)
+class FinishedRun:
+    "What a run has left behind."
+    folder:Path
+    result:dict          # of result.json
+    front:pd.DataFrame   # of front.csv, a row a member
+    heads:dict           # member's number, or "unpruned" -> its heads, one a fold
+
+    def members(self, name):
+        "Numbers of the members that a name means. Error: there is no such member."
+        numbers = [str(k) for k in range(len(self.front))]
+        notable = {called: row["member"] for called, row in self.result["notable_members"].items()}
+        if name == "ensemble": return numbers
+        if str(name) in numbers: return [str(name)]
+        if name in notable: return [str(notable[name]) if notable[name] >= 0 else "unpruned"]
+        known = [*notable, "ensemble"]
+        raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), known) or '.'} "
+                         f"Give one of {', '.join(known)}, or a number from 0 to {len(numbers) - 1}.")
+
+# %% ../nbs/22_study.ipynb #cell88
+def read_run(
+    folder:str|Path,   # of an experiment
+) -> FinishedRun:
+    "What a run has left behind. Errors: it is not finished, or its heads are missing or others."
+    folder = Path(folder).expanduser()
+    path, heads = folder / "result.json", folder / "heads.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no result.json, so there is no finished run in it: give the folder "
+            "of one, such as runs/flowers, or run the experiment again, which goes on where it stopped.")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    expected = result.get("digests", {}).get("heads")
+    if not expected or not heads.is_file() or file_digest(heads) != expected:
+        said = "is not the file of this run" if expected and heads.is_file() else "is missing"
+        raise ValueError(f"{heads} {said}: run the experiment again with the parameters in {path}. "
+                         "What it has evaluated is kept, so that takes little time.")
+    front = pd.read_csv(folder / "front.csv", dtype={"mask": str})
+    return FinishedRun(folder, result, front, load_heads(heads))
+
 # %% ../nbs/22_study.ipynb #cell89
+def source_digests(
+    p:SimpleNamespace,   # the parameters
+    study:StudyImages,
+) -> dict:               # name of a source -> what identifies it
+    "What identifies the images of a study and the weights of its backbone."
+    ood = {f"OoD images {images.name}": images.manifest for images in study.ood_sets}
+    return {"images": study.images.manifest, "weights": weights_hash(p.backbone, p.weights)} | ood
+
+# %% ../nbs/22_study.ipynb #cell90
+def check_sources(
+    run:FinishedRun,
+    found:dict,        # as from `source_digests`
+):
+    "Error: images or weights are not those of the run."
+    known = run.result["digests"]["sources"]
+    changed = [name for name in known if known[name] != found.get(name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)}: not what the run in {str(run.folder)!r} has seen. "
+                         "Restore what was there, or run the experiment again.")
+
+# %% ../nbs/22_study.ipynb #cell95
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -640,7 +704,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell90
+# %% ../nbs/22_study.ipynb #cell96
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -656,7 +720,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell93
+# %% ../nbs/22_study.ipynb #cell99
 published = {   # hypervolume with reference point (1, 1, 1), and best accuracy
     "srsmas":   dict(hypervolume=0.8383, best_accuracy=0.8789),
     "leaves":   dict(hypervolume=0.8495, best_accuracy=0.9412),
