@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['graph_detectors', 'save_heads', 'load_heads', 'cut_backbone', 'check_detector', 'head_graph', 'model_graph',
-           'DeployedNetwork', 'check_agreement', 'Answers', 'head_answers', 'check_metrics', 'graph_costs',
-           'paired_latency', 'write_model', 'model_card', 'plot_pictures', 'plot_confusion']
+           'exported_backbone', 'DeployedNetwork', 'check_agreement', 'Answers', 'model_answers', 'joined',
+           'head_answers', 'check_metrics', 'graph_costs', 'paired_latency', 'write_model', 'model_card',
+           'plot_pictures', 'plot_confusion']
 
 # %% ../nbs/20_deploy.ipynb #cell3
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +27,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
-from .backbone import read_arrays, write_arrays
+from .backbone import backbone_engine, read_arrays, write_arrays
+from .data import ImageSet
 from .encoding import n_units
 from .ensemble import class_probabilities
 from .head import Head
@@ -313,7 +316,19 @@ def model_graph(
     del model.graph.value_info[:]
     return _any_number(model)
 
-# %% ../nbs/20_deploy.ipynb #cell47
+# %% ../nbs/20_deploy.ipynb #cell44
+def exported_backbone(
+    name:str,             # as for `backbone.load_backbone`
+    weights:str = "",     # as for `backbone.load_backbone`
+    size:int = 224,       # of the images, in pixels
+) -> bytes:               # as from `backbone.export_onnx`
+    "The exported backbone of a study, from the cache. Error: it cannot be exported."
+    engine = backbone_engine(name, weights, "cpu", size)
+    if engine.file is None:
+        raise ValueError(f"backbone {name!r} cannot be deployed: {engine.reason}.")
+    return read_arrays(engine.file)["onnx"].tobytes()
+
+# %% ../nbs/20_deploy.ipynb #cell49
 class DeployedNetwork(nn.Module):
     "A backbone and heads in torch: scaled images (n, 3, h, w) -> logits (n_heads, n, n_classes)."
     def __init__(
@@ -335,7 +350,7 @@ class DeployedNetwork(nn.Module):
         for weights in hidden: values = torch.relu(values @ weights)
         return values @ last + torch.from_numpy(head.bias)
 
-# %% ../nbs/20_deploy.ipynb #cell50
+# %% ../nbs/20_deploy.ipynb #cell52
 def check_agreement(
     found:np.ndarray,      # probabilities of the model, (n_images, n_classes)
     expected:np.ndarray,   # those of another computation
@@ -351,7 +366,7 @@ def check_agreement(
                            "please report this.")
     return difference
 
-# %% ../nbs/20_deploy.ipynb #cell53
+# %% ../nbs/20_deploy.ipynb #cell55
 def _undecided(id_scores, ood_scores, rounding):
     "The fraction of pairs whose scores differ by no more than the rounding."
     ordered = np.sort(ood_scores)
@@ -359,14 +374,37 @@ def _undecided(id_scores, ood_scores, rounding):
     to_above = np.searchsorted(ordered, id_scores + rounding, "right")
     return float((to_above - from_below).sum() / (len(id_scores) * len(ood_scores)))
 
-# %% ../nbs/20_deploy.ipynb #cell54
+# %% ../nbs/20_deploy.ipynb #cell56
 @dataclass(frozen=True)
 class Answers:
     "What a model says of images."
     probabilities:np.ndarray   # (n_images, n_classes)
     scores:np.ndarray          # (n_images,), higher is more in-distribution
 
-# %% ../nbs/20_deploy.ipynb #cell55
+# %% ../nbs/20_deploy.ipynb #cell57
+def model_answers(
+    graph:bytes,                     # as from `model_graph`
+    images:ImageSet,
+    indices:np.ndarray,              # which of its images
+    progress:Callable|None = None,   # called with the number of images done
+) -> Answers:
+    "What a model says of images of a set."
+    session = _session(graph)
+    size, found = session.get_inputs()[0].shape[1], []
+    for k, index in enumerate(indices):
+        found.append(session.run(None, {"pixels": images.pixels([index], size)}))
+        if progress: progress(k + 1)
+    return joined([Answers(*answers) for answers in found])
+
+# %% ../nbs/20_deploy.ipynb #cell58
+def joined(
+    parts:list,   # `Answers` of some images each
+) -> Answers:
+    "Answers one after the other."
+    return Answers(np.concatenate([part.probabilities for part in parts]),
+                   np.concatenate([part.scores for part in parts]))
+
+# %% ../nbs/20_deploy.ipynb #cell59
 def head_answers(
     heads:list,             # one head, or several whose outputs are averaged
     features:np.ndarray,    # float32 (n_images, n_features)
@@ -378,7 +416,7 @@ def head_answers(
     return Answers(class_probabilities(logits).mean(axis=0),
                    detectors[detector].score(logits).mean(axis=0))
 
-# %% ../nbs/20_deploy.ipynb #cell56
+# %% ../nbs/20_deploy.ipynb #cell62
 def _largest_rounding(model, run):
     "By how much scores of two computations differ. Error: by more than rounding explains."
     spread = np.ptp(np.concatenate([answers.scores for answers in run]))
@@ -389,7 +427,7 @@ def _largest_rounding(model, run):
                            "please report this.")
     return found
 
-# %% ../nbs/20_deploy.ipynb #cell57
+# %% ../nbs/20_deploy.ipynb #cell63
 def check_metrics(
     labels:np.ndarray,   # of the in-distribution images, (n_id,)
     model:tuple,         # `Answers` of the model on in-distribution and on OoD images
@@ -411,7 +449,7 @@ def check_metrics(
                            "It is not written; please report this.")
     return table[["run", "model", "rounding"]]
 
-# %% ../nbs/20_deploy.ipynb #cell61
+# %% ../nbs/20_deploy.ipynb #cell67
 _products = ("Conv", "MatMul", "Gemm")
 
 def graph_costs(
@@ -436,7 +474,7 @@ def graph_costs(
     return dict(parameters=sum(floats.values()), multiply_adds=int(multiply_adds),
                 megabytes=len(content) / 1e6)
 
-# %% ../nbs/20_deploy.ipynb #cell64
+# %% ../nbs/20_deploy.ipynb #cell70
 def paired_latency(
     graphs:dict,          # name -> ONNX graph with one input
     examples:dict,        # name -> its input, of one image, (1, …)
@@ -456,7 +494,7 @@ def paired_latency(
     ratios = table.div(table.iloc[:, 0], axis=0)
     return pd.DataFrame(dict(ms=1000 * table.median(), ratio=ratios.median()))
 
-# %% ../nbs/20_deploy.ipynb #cell68
+# %% ../nbs/20_deploy.ipynb #cell74
 _model_files = ("model.onnx", "model.safetensors", "README.md")
 
 def write_model(
@@ -482,14 +520,14 @@ def write_model(
             for name in (*_model_files, "model.json"): os.replace(partial / name, folder / name)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/20_deploy.ipynb #cell70
+# %% ../nbs/20_deploy.ipynb #cell76
 def _metric_rows(metrics):
     "The rows of the card's table."
     for name, row in metrics.items():
         interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else "–"
         yield f"| {name} | {row['value']:.4f} | {interval} | {row['images']} |"
 
-# %% ../nbs/20_deploy.ipynb #cell71
+# %% ../nbs/20_deploy.ipynb #cell77
 def model_card(
     about:dict,   # as for `write_model`
 ) -> str:         # Markdown
@@ -515,7 +553,7 @@ def model_card(
     lines += [f"- {name}: {value}" for name, value in source.items()]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/20_deploy.ipynb #cell76
+# %% ../nbs/20_deploy.ipynb #cell82
 def plot_pictures(
     pictures:np.ndarray,   # uint8 (n, h, w, 3)
     titles:list,           # of each
@@ -527,10 +565,11 @@ def plot_pictures(
     for ax in axes.flat: ax.set_axis_off()
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
-        ax.set_title(figure_text(title), fontsize=6, loc="center", pad=2)
+        lines = [figure_text(line) for line in title.split("\n")]
+        ax.set_title("\n".join(lines), fontsize=6, loc="center", pad=2)
     return fig
 
-# %% ../nbs/20_deploy.ipynb #cell79
+# %% ../nbs/20_deploy.ipynb #cell85
 def plot_confusion(
     labels:np.ndarray,      # true, (n_images,)
     predicted:np.ndarray,   # (n_images,)
