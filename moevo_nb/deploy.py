@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['graph_detectors', 'save_heads', 'load_heads', 'cut_backbone', 'check_detector', 'head_graph', 'model_graph',
            'exported_backbone', 'DeployedNetwork', 'check_agreement', 'Answers', 'model_answers', 'joined',
-           'head_answers', 'check_metrics', 'graph_costs', 'paired_latency', 'write_model', 'model_card',
-           'plot_pictures', 'plot_confusion']
+           'head_answers', 'check_metrics', 'decision_threshold', 'graph_costs', 'paired_latency', 'write_model',
+           'model_card', 'plot_pictures', 'plot_confusion']
 
 # %% ../nbs/20_deploy.ipynb #cell3
 import json
@@ -30,7 +30,7 @@ from torch import nn
 from .backbone import backbone_engine, read_arrays, write_arrays
 from .data import ImageSet
 from .encoding import n_units
-from .ensemble import class_probabilities
+from .ensemble import class_probabilities, tpr_thresholds
 from .head import Head
 from .robustness import auroc, detectors
 from .system import explained, figure_text, one_thread, sealed, write_text
@@ -450,6 +450,18 @@ def check_metrics(
     return table[["run", "model", "rounding"]]
 
 # %% ../nbs/20_deploy.ipynb #cell67
+def decision_threshold(
+    scores:np.ndarray,    # of in-distribution images that did not train the head, (n_images,)
+    tpr:float = 0.95,     # fraction of them to be kept, in (0, 1]
+) -> float:
+    "The score from which on an image is called in-distribution."
+    lowest_kept = float(tpr_thresholds(scores[None], [tpr])[0, 0])
+    lower = scores[scores < lowest_kept]
+    step = 1e-4 * float(np.ptp(scores))
+    if len(lower): step = min(step, (lowest_kept - float(lower.max())) / 2)
+    return lowest_kept - step
+
+# %% ../nbs/20_deploy.ipynb #cell70
 _products = ("Conv", "MatMul", "Gemm")
 
 def graph_costs(
@@ -474,7 +486,7 @@ def graph_costs(
     return dict(parameters=sum(floats.values()), multiply_adds=int(multiply_adds),
                 megabytes=len(content) / 1e6)
 
-# %% ../nbs/20_deploy.ipynb #cell70
+# %% ../nbs/20_deploy.ipynb #cell73
 def paired_latency(
     graphs:dict,          # name -> ONNX graph with one input
     examples:dict,        # name -> its input, of one image, (1, …)
@@ -494,7 +506,7 @@ def paired_latency(
     ratios = table.div(table.iloc[:, 0], axis=0)
     return pd.DataFrame(dict(ms=1000 * table.median(), ratio=ratios.median()))
 
-# %% ../nbs/20_deploy.ipynb #cell74
+# %% ../nbs/20_deploy.ipynb #cell77
 _model_files = ("model.onnx", "model.safetensors", "README.md")
 
 def write_model(
@@ -520,14 +532,14 @@ def write_model(
             for name in (*_model_files, "model.json"): os.replace(partial / name, folder / name)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/20_deploy.ipynb #cell76
+# %% ../nbs/20_deploy.ipynb #cell79
 def _metric_rows(metrics):
     "The rows of the card's table."
     for name, row in metrics.items():
         interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else "–"
         yield f"| {name} | {row['value']:.4f} | {interval} | {row['images']} |"
 
-# %% ../nbs/20_deploy.ipynb #cell77
+# %% ../nbs/20_deploy.ipynb #cell80
 def model_card(
     about:dict,   # as for `write_model`
 ) -> str:         # Markdown
@@ -553,7 +565,7 @@ def model_card(
     lines += [f"- {name}: {value}" for name, value in source.items()]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/20_deploy.ipynb #cell82
+# %% ../nbs/20_deploy.ipynb #cell85
 def plot_pictures(
     pictures:np.ndarray,   # uint8 (n, h, w, 3)
     titles:list,           # of each
@@ -569,7 +581,7 @@ def plot_pictures(
         ax.set_title("\n".join(lines), fontsize=6, loc="center", pad=2)
     return fig
 
-# %% ../nbs/20_deploy.ipynb #cell85
+# %% ../nbs/20_deploy.ipynb #cell88
 def plot_confusion(
     labels:np.ndarray,      # true, (n_images,)
     predicted:np.ndarray,   # (n_images,)
