@@ -153,7 +153,7 @@ def weights_warning(
     if weights != "none": return ""
     return "the backbone's weights are random: its features come from no training"
 
-# %% ../nbs/04_backbone.ipynb #x
+# %% ../nbs/04_backbone.ipynb #cell33
 def weights_licence(
     name:str,           # backbone, as for `backbone_spec`
     weights:str = "",   # as for `weights_file`
@@ -168,7 +168,7 @@ def weights_licence(
         return stated or "not stated by timm"
     return "not stated by torchvision; trained on ImageNet, whose terms are non-commercial research"
 
-# %% ../nbs/04_backbone.ipynb #cell33
+# %% ../nbs/04_backbone.ipynb #cell36
 def _cut_timm(
     model:nn.Module,   # changed in place: modules after the map become the identity
     x:torch.Tensor,    # an input to try it on, (1, 3, h, w)
@@ -186,7 +186,7 @@ def _cut_timm(
     model.forward = model.forward_features
     return model, "forward_features"
 
-# %% ../nbs/04_backbone.ipynb #cell37
+# %% ../nbs/04_backbone.ipynb #cell40
 class _ShapeRecorder(fx.Interpreter):
     "Runs a traced model and records the shape of the output of each step."
     def __init__(self, traced):
@@ -198,19 +198,19 @@ class _ShapeRecorder(fx.Interpreter):
         self.shapes[node] = tuple(getattr(value, "shape", ()))
         return value
 
-# %% ../nbs/04_backbone.ipynb #cell38
+# %% ../nbs/04_backbone.ipynb #cell41
 def _is_map(shape):
     "Whether a shape is that of feature maps with more than one pixel, (n, C, H, W)."
     return len(shape) == 4 and min(shape[2:]) > 1
 
-# %% ../nbs/04_backbone.ipynb #cell39
+# %% ../nbs/04_backbone.ipynb #cell42
 def _averages_pixels(node, modules):
     "Whether a step of a graph is an average over pixels."
     if node.op == "call_module": return isinstance(modules.get(node.target), nn.AdaptiveAvgPool2d)
     if node.op == "call_function": return node.target is nn.functional.adaptive_avg_pool2d
     return node.target == "mean"
 
-# %% ../nbs/04_backbone.ipynb #cell41
+# %% ../nbs/04_backbone.ipynb #cell44
 def _last_map(graph, shapes, modules):
     "The step of a graph that computes the last feature map; a graph without one is an error."
     nodes = list(graph.nodes)
@@ -223,7 +223,7 @@ def _last_map(graph, shapes, modules):
         node = node.args[0]
     return node
 
-# %% ../nbs/04_backbone.ipynb #cell42
+# %% ../nbs/04_backbone.ipynb #cell45
 def _cut_torchvision(
     model:nn.Module,
     x:torch.Tensor,    # an input to try it on, (1, 3, h, w)
@@ -240,7 +240,7 @@ def _cut_torchvision(
     graph.eliminate_dead_code()
     return fx.GraphModule(model, graph), tracer.node_to_qualname[node]
 
-# %% ../nbs/04_backbone.ipynb #cell48
+# %% ../nbs/04_backbone.ipynb #cell51
 class PooledBackbone(nn.Module):
     "Global average of a feature map; `features` is the layer that explanations look at."
     def __init__(
@@ -259,7 +259,7 @@ class PooledBackbone(nn.Module):
 
     def forward(self, x): return self.features(x).mean((2, 3))
 
-# %% ../nbs/04_backbone.ipynb #cell52
+# %% ../nbs/04_backbone.ipynb #cell55
 def _whole_model(row, own):
     "The uncut model that a `backbone_spec` describes, with its own or with random weights."
     model, library = row["model"], row["library"]
@@ -271,7 +271,7 @@ def _whole_model(row, own):
         options = dict(init_weights=False) if warned else {}
         return library.models.get_model(model, weights=None, **options)
 
-# %% ../nbs/04_backbone.ipynb #cell53
+# %% ../nbs/04_backbone.ipynb #cell56
 def build_backbone(
     name:str,             # as for `backbone_spec`
     own:bool = False,     # with the library's weights, downloaded; False: random, always the same
@@ -292,7 +292,7 @@ def build_backbone(
             raise ValueError(f"backbone {name!r} cannot be used: {e}.") from None
         return PooledBackbone(features, layer, names, x)
 
-# %% ../nbs/04_backbone.ipynb #cell59
+# %% ../nbs/04_backbone.ipynb #cell62
 def _read_file(path):
     "What a weights file holds: tensors and plain containers; anything else is an error."
     with open(path, "rb") as file: start = file.read(100).lstrip()
@@ -309,7 +309,7 @@ def _read_file(path):
                          "pickled model, which could run code. Save model.state_dict() with "
                          "torch.save or as safetensors, and give that file.") from None
 
-# %% ../nbs/04_backbone.ipynb #cell62
+# %% ../nbs/04_backbone.ipynb #cell65
 def _state_dicts(content):
     "The dictionaries of tensors at any depth, under today's names."
     if not isinstance(content, dict): return
@@ -319,7 +319,7 @@ def _state_dicts(content):
     if tensors: yield tensors
     for value in content.values(): yield from _state_dicts(value)
 
-# %% ../nbs/04_backbone.ipynb #cell63
+# %% ../nbs/04_backbone.ipynb #cell66
 def _prefixes(state, own):
     "What stands before the model's names in a state dict; '', and the shortest first."
     found = {""}
@@ -329,7 +329,7 @@ def _prefixes(state, own):
             if ".".join(parts[k:]) in own: found.add(".".join(parts[:k]) + ".")
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
-# %% ../nbs/04_backbone.ipynb #cell64
+# %% ../nbs/04_backbone.ipynb #cell67
 def _best_match(states, own):
     "The state dict, without a prefix, that shares most names with the model; the largest if none."
     states = sorted(states, key=len, reverse=True)
@@ -341,7 +341,7 @@ def _best_match(states, own):
             if len(own.keys() & inner.keys()) > len(own.keys() & best.keys()): best = inner
     return best
 
-# %% ../nbs/04_backbone.ipynb #cell66
+# %% ../nbs/04_backbone.ipynb #cell69
 def _misfits(state, own, unused):
     "The names that do not fit, by the kind of misfit, for a file's state dict and a model's own."
     counters = {name for name in own if name.endswith("num_batches_tracked")}
@@ -352,13 +352,13 @@ def _misfits(state, own, unused):
         "of another shape": {name for name in shared if state[name].shape != own[name].shape},
     }
 
-# %% ../nbs/04_backbone.ipynb #cell67
+# %% ../nbs/04_backbone.ipynb #cell70
 def _listed(names, n=8):
     "The first names in alphabetical order, and a mark if there are more."
     names = sorted(names)
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
-# %% ../nbs/04_backbone.ipynb #cell69
+# %% ../nbs/04_backbone.ipynb #cell72
 def load_weights(
     model:nn.Module,     # changed in place
     path:Path,           # .pth, .pt or .safetensors
@@ -381,12 +381,12 @@ def load_weights(
                          "Give weights of this architecture.")
     model.load_state_dict({**own, **{name: value for name, value in state.items() if name in own}})
 
-# %% ../nbs/04_backbone.ipynb #cell77
+# %% ../nbs/04_backbone.ipynb #cell80
 def _arrays_digest(arrays):
     "What identifies arrays by their names and content."
     return digest(*[part for name in sorted(arrays) for part in (name, arrays[name])])
 
-# %% ../nbs/04_backbone.ipynb #cell78
+# %% ../nbs/04_backbone.ipynb #cell81
 def write_arrays(
     file:Path,
     arrays:dict,   # name -> numpy array
@@ -395,7 +395,7 @@ def write_arrays(
     content = save(arrays, metadata={"sha256": _arrays_digest(arrays)})
     with atomic_path(file) as partial: partial.write_bytes(content)
 
-# %% ../nbs/04_backbone.ipynb #cell79
+# %% ../nbs/04_backbone.ipynb #cell82
 def read_arrays(
     file:Path,
 ) -> dict|None:   # name -> numpy array; None: there is no such file, or it is damaged
@@ -408,7 +408,7 @@ def read_arrays(
     except (FileNotFoundError, SafetensorError, KeyError, TypeError): return None
     return arrays if _arrays_digest(arrays) == expected else None
 
-# %% ../nbs/04_backbone.ipynb #cell82
+# %% ../nbs/04_backbone.ipynb #cell85
 def _kept(file, compute):
     "The arrays in a cache file; a missing or damaged one is computed and written."
     arrays = read_arrays(file)
@@ -422,14 +422,14 @@ def _kept(file, compute):
         write_arrays(file, arrays)
     return arrays
 
-# %% ../nbs/04_backbone.ipynb #cell85
+# %% ../nbs/04_backbone.ipynb #cell88
 def _cache_path(folder, *parts):
     "A path in a folder of the cache from parts that may hold any characters; the last is a digest."
     *names, key = parts
     stem = "-".join(re.sub(r"[^\w.]+", "-", str(name))[:20] for name in names)
     return cache_folder() / folder / f"{stem}-{key[:16]}.safetensors"
 
-# %% ../nbs/04_backbone.ipynb #cell88
+# %% ../nbs/04_backbone.ipynb #cell91
 def _scaled(pixels, mean, std):
     "uint8 (n, h, w, 3) -> float32 (n, 3, h, w), scaled as in the backbone's own training."
     x = pixels.permute(0, 3, 1, 2).float()   # stays channels-last in memory
@@ -437,7 +437,7 @@ def _scaled(pixels, mean, std):
     std = torch.tensor(std, device=pixels.device).view(3, 1, 1)
     return torch.addcmul(-mean / std, x, 1 / (255 * std))
 
-# %% ../nbs/04_backbone.ipynb #cell90
+# %% ../nbs/04_backbone.ipynb #cell93
 class _PixelsToFeatures(nn.Module):
     "What is exported: uint8 (1, size, size, 3) -> features and maps."
     def __init__(self, model, mean, std):
@@ -449,7 +449,7 @@ class _PixelsToFeatures(nn.Module):
         maps = self.model.features(_scaled(pixels, *self.scaling))
         return maps.mean((2, 3)), maps
 
-# %% ../nbs/04_backbone.ipynb #cell91
+# %% ../nbs/04_backbone.ipynb #cell94
 def export_onnx(
     model:PooledBackbone,   # in evaluation mode, on the CPU
     mean:tuple,             # of each channel, for pixels in [0, 1]
@@ -467,7 +467,7 @@ def export_onnx(
                           input_names=["pixels"], output_names=["features", "maps"])
     return content.getvalue()
 
-# %% ../nbs/04_backbone.ipynb #cell92
+# %% ../nbs/04_backbone.ipynb #cell95
 class OnnxBackbone:
     "An exported network on one thread: pixels, uint8 (n, size, size, 3) -> features, or maps."
     def __init__(
@@ -484,7 +484,7 @@ class OnnxBackbone:
         found = [self.session.run([output], {"pixels": image})[0] for image in images]
         return np.concatenate(found)
 
-# %% ../nbs/04_backbone.ipynb #cell96
+# %% ../nbs/04_backbone.ipynb #cell99
 @dataclass(frozen=True)
 class Engine:
     "What runs a backbone on images of one size."
@@ -492,7 +492,7 @@ class Engine:
     reason:str = ""         # why torch runs it; "": ONNX Runtime does
     file:Path|None = None   # the exported network in the cache; None: torch runs it
 
-# %% ../nbs/04_backbone.ipynb #cell97
+# %% ../nbs/04_backbone.ipynb #cell100
 @dataclass(frozen=True)
 class Backbone:
     "A frozen network: pixels, uint8 (n, size, size, 3) -> features, float32 (n, n_features)."
@@ -533,14 +533,14 @@ class Backbone:
         exported = _exported_network(self, pixels.shape[1])
         return exported(pixels, "maps") if exported else self.eager(pixels, maps=True)
 
-# %% ../nbs/04_backbone.ipynb #cell99
+# %% ../nbs/04_backbone.ipynb #cell102
 def _takes(backbone, size):
     "Whether an image of a size can pass the network."
     try: backbone.model(backbone.preprocess(np.zeros((1, size, size, 3), np.uint8)))
     except Exception: return False   # a network may raise anything
     return True
 
-# %% ../nbs/04_backbone.ipynb #cell100
+# %% ../nbs/04_backbone.ipynb #cell103
 def _check_size(backbone, size):
     "Error: the network cannot take images of this size; it names the next size that it can take."
     if _takes(backbone, size): return
@@ -550,7 +550,7 @@ def _check_size(backbone, size):
     raise ValueError(f"backbone {backbone.name!r} cannot take images of {size} x {size} pixels; "
                      f"{known} that it can take is {least}: give image_size {least}.")
 
-# %% ../nbs/04_backbone.ipynb #cell102
+# %% ../nbs/04_backbone.ipynb #cell105
 def _try_export(backbone, size):
     "The arrays of the cache file: the exported network, or the reason why torch has to run it."
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -567,7 +567,7 @@ def _try_export(backbone, size):
     parts = {"onnx": content, "reason": reason.encode()}
     return {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
 
-# %% ../nbs/04_backbone.ipynb #cell103
+# %% ../nbs/04_backbone.ipynb #cell106
 def _engine(
     known:tuple,     # name, weights_hash, mean and std of a backbone
     device:str,
@@ -584,7 +584,7 @@ def _engine(
     if reason: return Engine(torch_name, reason)
     return Engine(f"onnxruntime {onnxruntime.__version__}", file=file)
 
-# %% ../nbs/04_backbone.ipynb #cell104
+# %% ../nbs/04_backbone.ipynb #cell107
 @lru_cache(maxsize=1)
 def load_exported(
     file:Path,          # as an `Engine` names it
@@ -592,14 +592,14 @@ def load_exported(
     "The exported network in a cache file, ready to run."
     return OnnxBackbone(read_arrays(file)["onnx"].tobytes())
 
-# %% ../nbs/04_backbone.ipynb #cell105
+# %% ../nbs/04_backbone.ipynb #cell108
 @lru_cache(maxsize=2)
 def _exported_network(backbone, size):
     "What ONNX Runtime runs for a backbone; None where torch has to."
     file = backbone.engine(size).file
     return load_exported(file) if file else None
 
-# %% ../nbs/04_backbone.ipynb #cell111
+# %% ../nbs/04_backbone.ipynb #cell114
 @lru_cache(maxsize=1)
 def load_backbone(
     name:str = "efficientnet_lite0",   # a key of `backbones`, torchvision:NAME or timm:NAME
@@ -615,7 +615,7 @@ def load_backbone(
     return Backbone(name, model, model.n_features, row["mean"], row["std"],
                     weights_hash(name, weights), device, cam_layer=model.layer)
 
-# %% ../nbs/04_backbone.ipynb #cell115
+# %% ../nbs/04_backbone.ipynb #cell118
 def backbone_engine(
     name:str = "efficientnet_lite0",   # as for `load_backbone`
     weights:str = "",                  # as for `load_backbone`
@@ -627,7 +627,7 @@ def backbone_engine(
     known = name, weights_hash(name, weights), row["mean"], row["std"]
     return _engine(known, device, size, lambda: load_backbone(name, weights, device))
 
-# %% ../nbs/04_backbone.ipynb #cell125
+# %% ../nbs/04_backbone.ipynb #cell128
 _chunk_size = 16   # images of one task
 
 def _extract_chunk(source, file, pixels, indices, size, maps):
@@ -637,7 +637,7 @@ def _extract_chunk(source, file, pixels, indices, size, maps):
     torch.set_num_threads(1)
     return load_backbone(*source).eager(images, maps)
 
-# %% ../nbs/04_backbone.ipynb #cell126
+# %% ../nbs/04_backbone.ipynb #cell129
 def extract(
     images:ImageSet,
     indices:np.ndarray,              # which of its images, at least one, (n_images,)
@@ -660,7 +660,7 @@ def extract(
         if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
     return out
 
-# %% ../nbs/04_backbone.ipynb #cell130
+# %% ../nbs/04_backbone.ipynb #cell133
 def _features_file(images, name, weights, size, device, indices, maps):
     "The cache file of the features, or of the maps, of some images of a set."
     row = backbone_spec(name)
@@ -671,7 +671,7 @@ def _features_file(images, name, weights, size, device, indices, maps):
                  library.__version__, torch.__version__, engine.name)
     return _cache_path("features", images.name, name, "maps" if maps else "features", key)
 
-# %% ../nbs/04_backbone.ipynb #cell132
+# %% ../nbs/04_backbone.ipynb #cell135
 def cached_features(
     images:ImageSet,
     name:str = "efficientnet_lite0",   # backbone, as for `load_backbone`

@@ -90,7 +90,7 @@ def rendered_set(
         truth=partial(drawn, 1) if name == "flowers" else None, keeps_split=True,
         grow=partial(rendered_set, name, split=split))
 
-# %% ../nbs/03_data.ipynb #cell42
+# %% ../nbs/03_data.ipynb #cell21
 def read_images(
     paths:list,           # of all images of a set
     indices:np.ndarray,   # which of them
@@ -99,7 +99,7 @@ def read_images(
     "Some image files of a set, resized to squares."
     return np.stack([read_image(paths[i], size) for i in indices])
 
-# %% ../nbs/03_data.ipynb #cell45
+# %% ../nbs/03_data.ipynb #cell24
 def _check_file(path):
     "The sha256 of a file and '', or '' and what is wrong with it."
     if not path.is_file():
@@ -113,14 +113,14 @@ def _check_file(path):
     except Exception as e: return "", f"{type(e).__name__}: {e}"   # a decoder may raise anything
     return hashlib.sha256(content).hexdigest(), ""
 
-# %% ../nbs/03_data.ipynb #cell47
+# %% ../nbs/03_data.ipynb #cell26
 def _labelled_files(parts):
     "Part, label and path of each file from `class_files`: part by part, class by class, by name."
     for part, classes in parts.items():
         for label, files in enumerate(classes.values()):
             for file in files: yield part, label, file
 
-# %% ../nbs/03_data.ipynb #cell48
+# %% ../nbs/03_data.ipynb #cell27
 def _hash_files(files):
     "Usable file -> sha256, and unusable file -> what is wrong with it; each is decoded once."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # as many images in memory
@@ -128,7 +128,7 @@ def _hash_files(files):
     hashes = {file: sha256 for file, (sha256, problem) in checked.items() if not problem}
     return hashes, {file: problem for file, (_, problem) in checked.items() if problem}
 
-# %% ../nbs/03_data.ipynb #cell49
+# %% ../nbs/03_data.ipynb #cell28
 def _copies_across_parts(folder, listed, hashes):
     "Files with a copy in a part that has precedence -> what is wrong with them."
     found, kept = {}, {}
@@ -142,7 +142,7 @@ def _copies_across_parts(folder, listed, hashes):
         kept |= own
     return found
 
-# %% ../nbs/03_data.ipynb #cell50
+# %% ../nbs/03_data.ipynb #cell29
 def _copies_across_classes(folder, listed, hashes):
     "Files with a copy in another class -> what is wrong with them."
     by_class = {}
@@ -156,7 +156,7 @@ def _copies_across_classes(folder, listed, hashes):
             found[file] = f"the same image as {twin}, which is of another class"
     return found
 
-# %% ../nbs/03_data.ipynb #cell51
+# %% ../nbs/03_data.ipynb #cell30
 def _check_files(
     folder:Path,
     parts:dict,         # as from `class_files`
@@ -172,18 +172,18 @@ def _check_files(
         hashes = {file: sha256 for file, sha256 in hashes.items() if file not in copies}
     return hashes, unusable
 
-# %% ../nbs/03_data.ipynb #cell54
+# %% ../nbs/03_data.ipynb #cell33
 def _names(paths):
     "The names of some files or folders, the first five of them."
     names = [path.name for path in paths]
     return ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "no folder"
 
-# %% ../nbs/03_data.ipynb #cell55
+# %% ../nbs/03_data.ipynb #cell34
 def _place(folder, part, name=""):
     "The folder of a part, or of a class in it."
     return (split_parts(folder)[part][0] if part else folder) / name
 
-# %% ../nbs/03_data.ipynb #cell56
+# %% ../nbs/03_data.ipynb #cell35
 def _part_errors(folder, parts):
     "What is wrong with the parts of a split: a sentence for each problem."
     found = split_parts(folder)
@@ -200,7 +200,7 @@ def _part_errors(folder, parts):
         errors.append(f"{_names(here)}: this folder needs its counterpart, train with test{hint}")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell57
+# %% ../nbs/03_data.ipynb #cell36
 def _nesting_errors(folder, parts):
     "A sentence for each class folder without images of its own, and for classes called like parts."
     errors = []
@@ -219,7 +219,7 @@ def _nesting_errors(folder, parts):
                       "they hold images; expected are train/class/*.jpg and test/class/*.jpg")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell58
+# %% ../nbs/03_data.ipynb #cell37
 def _missing_classes(parts):
     "A sentence for each class that is missing in a part."
     errors = []
@@ -229,7 +229,7 @@ def _missing_classes(parts):
                        for name in sorted(set(classes) - set(parts[other]))]
     return errors
 
-# %% ../nbs/03_data.ipynb #cell61
+# %% ../nbs/03_data.ipynb #cell40
 def _class_errors(
     folder:Path,
     parts:dict,    # as from `class_files`
@@ -255,7 +255,7 @@ def _class_errors(
                       f"{_names(subfolders(folder))}, and {len(loose_files(folder))} files")
     return errors
 
-# %% ../nbs/03_data.ipynb #cell63
+# %% ../nbs/03_data.ipynb #cell42
 def _refuse(folder, problems, skippable):
     "Error: the folder has problems, of which the message lists the first 50."
     more = [f"… and {len(problems) - 50} more"] if len(problems) > 50 else []
@@ -263,7 +263,7 @@ def _refuse(folder, problems, skippable):
     head = f"{folder} cannot be used; repair or remove the following{skip}:"
     raise ValueError("\n".join([head, *problems[:50], *more]))
 
-# %% ../nbs/03_data.ipynb #cell64
+# %% ../nbs/03_data.ipynb #cell43
 def _set_of_files(folder, parts, found, hashes, **known):
     "The image set of usable files, given as (part, label, file)."
     files = [file for _, _, file in found]
@@ -279,7 +279,7 @@ def _set_of_files(folder, parts, found, hashes, **known):
         validation=part == "val" if "val" in parts else None,
         contents=tuple(hashes[file] for file in files), **known)
 
-# %% ../nbs/03_data.ipynb #cell65
+# %% ../nbs/03_data.ipynb #cell44
 def folder_set(
     folder:str|Path,          # class/*.jpg, or train/class/*.jpg with test/class/*.jpg
     image_size:int = 224,     # pixels; 224 is what the backbones were trained at
@@ -303,7 +303,7 @@ def folder_set(
     return _set_of_files(folder, parts, found, hashes,
                          image_size=image_size, skipped=len(unusable), **known)
 
-# %% ../nbs/03_data.ipynb #cell75
+# %% ../nbs/03_data.ipynb #cell54
 def known_sets() -> list:
     "Names that `load` takes: rendered sets, registered ones, and folders under `data_folder()`."
     folder = data_folder()
@@ -311,7 +311,7 @@ def known_sets() -> list:
     visible = sorted(name for name in here if name[0] != ".")
     return list(dict.fromkeys([*rendered, *registered, *visible]))
 
-# %% ../nbs/03_data.ipynb #cell77
+# %% ../nbs/03_data.ipynb #cell56
 def locate(
     dataset:str,   # a rendered or registered set, a folder under `MOEVO_DATA`, or a folder's path
 ) -> Path|None:    # the folder, even if it is still to be fetched; None: it is rendered
@@ -329,7 +329,7 @@ def locate(
         f"(class/*.jpg, or train/class/*.jpg and test/class/*.jpg). "
         f"Named folders are looked up under {data_folder()} (set MOEVO_DATA to change it).")
 
-# %% ../nbs/03_data.ipynb #cell79
+# %% ../nbs/03_data.ipynb #cell58
 def _registered_name(
     dataset:str,   # as for `locate`
 ) -> str:          # '' for a folder of the user's own
@@ -340,7 +340,7 @@ def _registered_name(
     same = folder.resolve() == (data_folder() / folder.name).resolve()
     return folder.name if known and same else ""
 
-# %% ../nbs/03_data.ipynb #cell81
+# %% ../nbs/03_data.ipynb #cell60
 def load(
     dataset:str,            # as for `locate`
     on_bad:str = "error",   # what to do about unusable files: "error" or "skip"
@@ -360,7 +360,7 @@ def load(
     return folder_set(folder, row["image_size"], on_bad, least, folds=row["folds"], about=about,
                       keeps_split=row.get("keeps_split", False))
 
-# %% ../nbs/03_data.ipynb #cell87
+# %% ../nbs/03_data.ipynb #cell66
 def _strata(
     labels:np.ndarray,   # (n_images,)
     n:int,               # images that a stratum must have
@@ -373,7 +373,7 @@ def _strata(
         _, strata, counts = np.unique(strata, return_inverse=True, return_counts=True)
     return strata
 
-# %% ../nbs/03_data.ipynb #cell89
+# %% ../nbs/03_data.ipynb #cell68
 def stratified_folds(
     labels:np.ndarray,              # (n_images,)
     folds:int,                      # at least 2
@@ -388,7 +388,7 @@ def stratified_folds(
     for k, (_, held_out) in enumerate(splitter.split(strata, strata, groups)): fold[held_out] = k
     return fold
 
-# %% ../nbs/03_data.ipynb #cell94
+# %% ../nbs/03_data.ipynb #cell73
 def _duplicate_groups(
     images:ImageSet,
     which=slice(None),    # which images of the set
@@ -399,7 +399,7 @@ def _duplicate_groups(
     first = {content: i for i, content in reversed([*enumerate(contents)])}
     return np.array([first[content] for content in contents])
 
-# %% ../nbs/03_data.ipynb #cell95
+# %% ../nbs/03_data.ipynb #cell74
 def _different_images(
     images:ImageSet,
     which:np.ndarray,   # indices of some images
@@ -410,7 +410,7 @@ def _different_images(
     different = np.unique(np.c_[images.labels[which], groups], axis=0)
     return np.bincount(different[:, 0], minlength=len(images.classes))
 
-# %% ../nbs/03_data.ipynb #cell96
+# %% ../nbs/03_data.ipynb #cell75
 def _own_split(
     images:ImageSet,
     folds:int,         # at least 2: folds are asked for
@@ -419,7 +419,7 @@ def _own_split(
     "Whether a set is split into its own train and test images."
     return images.test is not None and folds < 2 and (split < 0 or images.keeps_split)
 
-# %% ../nbs/03_data.ipynb #cell97
+# %% ../nbs/03_data.ipynb #cell76
 def _check_trained(images, folds):
     "Error: a class has no training image in one of the folds, since copies are kept together."
     for train, _ in folds:
@@ -429,7 +429,7 @@ def _check_trained(images, folds):
                              "training image left, because copies of an image stay together: "
                              "add different images of it.")
 
-# %% ../nbs/03_data.ipynb #cell98
+# %% ../nbs/03_data.ipynb #cell77
 def splits(
     images:ImageSet,
     folds:int = 0,     # 0: as registered; 1: own split or 20 % hold-out; 2 or more: folds
@@ -451,7 +451,7 @@ def splits(
     _check_trained(images, found)
     return found
 
-# %% ../nbs/03_data.ipynb #cell109
+# %% ../nbs/03_data.ipynb #cell88
 def split_validation(
     images:ImageSet,
     train:np.ndarray,   # indices of a fold's training images
@@ -469,7 +469,7 @@ def split_validation(
     fold[np.isin(labels, emptied)] = 1   # all of a class is never reserved
     return train[fold != 0], train[fold == 0]
 
-# %% ../nbs/03_data.ipynb #cell113
+# %% ../nbs/03_data.ipynb #cell92
 def balanced_counts(
     n:int,            # how many in total
     available:list,   # how many there are in each group
@@ -486,7 +486,7 @@ def balanced_counts(
         for k in unfilled[:n - take.sum()]: take[k] += min(each, available[k] - take[k])
     return take
 
-# %% ../nbs/03_data.ipynb #cell115
+# %% ../nbs/03_data.ipynb #cell94
 def _draw_balanced(images, allowed, n, rng):
     "Sorted indices of n allowed images, balanced over the classes."
     members = []
@@ -495,7 +495,7 @@ def _draw_balanced(images, allowed, n, rng):
     counts = balanced_counts(n, [len(m) for m in members])
     return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
 
-# %% ../nbs/03_data.ipynb #cell116
+# %% ../nbs/03_data.ipynb #cell95
 def ood_mixture(
     sets:list,                # the OoD image sets
     n:int,                    # how many images in total
@@ -513,7 +513,7 @@ def ood_mixture(
     return [_draw_balanced(images, allowed[k], counts[k], rngs[k])
             for k, images in enumerate(sets)]
 
-# %% ../nbs/03_data.ipynb #cell122
+# %% ../nbs/03_data.ipynb #cell101
 most_rendered = 2000   # OoD images of a mixture up to which rendered sets grow by default
 
 def mixture_sizes(
@@ -534,7 +534,7 @@ def mixture_sizes(
     shares = [max(1, held * n // sum(wanted)) for n in wanted]
     return [held - sum(shares[1:]), *shares[1:]]
 
-# %% ../nbs/03_data.ipynb #cell125
+# %% ../nbs/03_data.ipynb #cell104
 def enlarged(
     sets:list,   # the OoD image sets
     n:int,       # images that are needed from all of them
@@ -545,13 +545,13 @@ def enlarged(
     return [images.grow(count) if count > len(images) else images
             for images, count in zip(sets, counts)]
 
-# %% ../nbs/03_data.ipynb #cell128
+# %% ../nbs/03_data.ipynb #cell107
 def _ood_entries(ood):
     "The entries of the parameter `ood`: names of sets, folders, class:NAME and classes:N."
     entries = re.split(r"(?<!\\),", ood) if ood else []
     return [entry.strip().replace("\\,", ",") for entry in entries]
 
-# %% ../nbs/03_data.ipynb #cell131
+# %% ../nbs/03_data.ipynb #cell110
 def class_names(
     dataset:str,     # as for `locate`
 ) -> tuple:          # as far as they are known before the images are read
@@ -563,21 +563,21 @@ def class_names(
     holding = parts["train"][0] if {"train", "test"} <= set(parts) else folder
     return tuple(path.name for path in subfolders(holding))
 
-# %% ../nbs/03_data.ipynb #cell133
+# %% ../nbs/03_data.ipynb #cell112
 def _label_of(name, classes):
     "The label of a class. Error: there is no such class."
     if name in classes: return classes.index(name)
     raise ValueError(f"class {name!r} is to be held out, but there is no such class"
                      f"{did_you_mean(name, classes) or '.'} The classes: {', '.join(classes)}.")
 
-# %% ../nbs/03_data.ipynb #cell134
+# %% ../nbs/03_data.ipynb #cell113
 def _number_of_classes(text):
     "The N of classes:N. Error: it is no number of classes."
     if text.strip().isdecimal() and int(text) > 0: return int(text)
     raise ValueError(f"ood 'classes:{text}': a number of classes to hold out is expected, such as "
                      "classes:3; a class is held out by its name as class:NAME.")
 
-# %% ../nbs/03_data.ipynb #cell135
+# %% ../nbs/03_data.ipynb #cell114
 _held_out_prefixes = ("class:", "classes:")
 
 def held_out_classes(
@@ -600,12 +600,12 @@ def held_out_classes(
     drawn = np.random.default_rng(seed).permutation(others)[:n_drawn]
     return labels + sorted(drawn.tolist())
 
-# %% ../nbs/03_data.ipynb #cell139
+# %% ../nbs/03_data.ipynb #cell118
 def _read_rows(function, rows, indices, size):
     "The pixels, or the truth, of images that are given by their index in a part."
     return function(rows[np.asarray(indices)], size)
 
-# %% ../nbs/03_data.ipynb #cell140
+# %% ../nbs/03_data.ipynb #cell119
 def _part_of_set(images, name, rows, classes, labels):
     "Some images of a set as a set of their own."
     def at(values): return None if values is None else values[rows]
@@ -617,7 +617,7 @@ def _part_of_set(images, name, rows, classes, labels):
         pixels=read(images.pixels), truth=read(images.truth),
         manifest=digest("part", images.manifest, rows, list(classes)))
 
-# %% ../nbs/03_data.ipynb #cell141
+# %% ../nbs/03_data.ipynb #cell120
 def hold_out(
     images:ImageSet,
     held_out:list,      # labels of the classes to hold out
@@ -637,7 +637,7 @@ def hold_out(
         parts.append(replace(part, skipped=0))   # unusable files are counted with the set
     return rest, parts
 
-# %% ../nbs/03_data.ipynb #cell144
+# %% ../nbs/03_data.ipynb #cell123
 def _ood_default(dataset):
     "Names of the default OoD sets of a data set, see `ood_names`."
     if dataset in rendered: return [name for name in rendered if name != dataset]
@@ -652,13 +652,13 @@ def _ood_default(dataset):
     if "dtd" in present and "dtd10" in present: present.remove("dtd10")   # a part of dtd
     return present or list(rendered)
 
-# %% ../nbs/03_data.ipynb #cell145
+# %% ../nbs/03_data.ipynb #cell124
 def _same_place(dataset):
     "What two names of the same set have in common: its folder, or the name of a rendered set."
     folder = locate(dataset)
     return str(folder.resolve()) if folder else dataset
 
-# %% ../nbs/03_data.ipynb #cell146
+# %% ../nbs/03_data.ipynb #cell125
 def _locate_all(names, ood):
     "Where each OoD set is. Error: nowhere."
     try: return [_same_place(name) for name in names]
@@ -666,7 +666,7 @@ def _locate_all(names, ood):
         hint = r" (A comma within a name is written \,)" if "," in ood else ""
         raise ValueError(f"{e}{hint}") from None
 
-# %% ../nbs/03_data.ipynb #cell147
+# %% ../nbs/03_data.ipynb #cell126
 def ood_names(
     dataset:str,     # the data set under study
     ood:str = "",    # names or folders, separated by commas; "": the default
@@ -680,7 +680,7 @@ def ood_names(
                          f"name each set once, and not {dataset!r} itself.")
     return names
 
-# %% ../nbs/03_data.ipynb #cell152
+# %% ../nbs/03_data.ipynb #cell131
 def _distinct_names(
     paths:list,   # absolute paths of folders, and names of rendered sets
 ) -> list:
@@ -696,7 +696,7 @@ def _distinct_names(
 
 _columns = ("fold", "images", "train", "evaluated", "ood", "pooled")   # of tables with OoD sets
 
-# %% ../nbs/03_data.ipynb #cell154
+# %% ../nbs/03_data.ipynb #cell133
 def ood_sets(
     images:ImageSet,        # the set under study, or what is left of it
     dataset:str,            # its name or folder, as it was loaded
@@ -724,7 +724,7 @@ def ood_sets(
     if usable or ood: return usable
     return [rendered_set(name, split=split) for name in rendered]
 
-# %% ../nbs/03_data.ipynb #cell157
+# %% ../nbs/03_data.ipynb #cell136
 protocols = ("paper", "holdout")
 
 def n_folds(
@@ -742,7 +742,7 @@ def n_folds(
                          "which each image trains some head: leave folds at 0.")
     return 1
 
-# %% ../nbs/03_data.ipynb #cell159
+# %% ../nbs/03_data.ipynb #cell138
 def protocol_splits(
     images:ImageSet,
     protocol:str = "paper",  # one of `protocols`
@@ -761,7 +761,7 @@ def protocol_splits(
     else: train, validation = split_validation(images, train, seed)
     return [(train, validation)], [(train, evaluate)]
 
-# %% ../nbs/03_data.ipynb #cell161
+# %% ../nbs/03_data.ipynb #cell140
 def _report_share(
     others:list,      # the OoD image sets
     n_report:int,     # OoD images of the report
@@ -774,7 +774,7 @@ def _report_share(
     return [-(-size * n_report // n) if count == size else size
             for size, count in zip(sizes, counts)]
 
-# %% ../nbs/03_data.ipynb #cell163
+# %% ../nbs/03_data.ipynb #cell142
 def protocol_mixtures(
     others:list,        # the OoD image sets
     search:list,        # (train, evaluation) of each fold, as from `protocol_splits`
@@ -799,7 +799,7 @@ def protocol_mixtures(
     unseen = ood_mixture(others, n_search, seed, taken, split)
     return others, [(train, validation, unseen)], [(train, evaluate, taken)]
 
-# %% ../nbs/03_data.ipynb #cell174
+# %% ../nbs/03_data.ipynb #cell153
 def _contact_sheet(rows, size):
     "Rows of square images side by side on white, uint8 (height, width, 3)."
     sheet = np.full((len(rows) * size, max(map(len, rows)) * size, 3), 255, np.uint8)
@@ -808,7 +808,7 @@ def _contact_sheet(rows, size):
             sheet[y:y + size, x:x + size] = image
     return sheet
 
-# %% ../nbs/03_data.ipynb #cell175
+# %% ../nbs/03_data.ipynb #cell154
 def plot_examples(
     images:ImageSet,
     indices:np.ndarray,    # of the images to choose from

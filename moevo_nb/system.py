@@ -59,7 +59,7 @@ def file_digest(
     "What identifies a file by its content."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_system.ipynb #x
+# %% ../nbs/00_system.ipynb #cell13
 model_format = "moevo_nb model 1"   # raised when a reader of the old form could misread the new one
 
 def sealed(
@@ -72,7 +72,7 @@ def sealed(
     about = about | dict(format=model_format, files=digests)
     return about | dict(sha256=digest(about))
 
-# %% ../nbs/00_system.ipynb #cell13
+# %% ../nbs/00_system.ipynb #cell17
 def cache_folder() -> Path:
     "Where features and evaluations are kept: `MOEVO_CACHE`, or `~/.cache/moevo_nb`."
     chosen = os.environ.get("MOEVO_CACHE", "~/.cache/moevo_nb")
@@ -80,12 +80,12 @@ def cache_folder() -> Path:
         raise ValueError("MOEVO_CACHE is empty: set it to a folder, or unset it.")
     return Path(chosen).expanduser()
 
-# %% ../nbs/00_system.ipynb #cell14
+# %% ../nbs/00_system.ipynb #cell18
 def data_folder() -> Path:
     "Where data sets are looked up by name: `MOEVO_DATA`, or `~/.cache/moevo_nb/data`."
     return Path(os.environ.get("MOEVO_DATA", "~/.cache/moevo_nb/data")).expanduser()
 
-# %% ../nbs/00_system.ipynb #cell19
+# %% ../nbs/00_system.ipynb #cell23
 _system_errors = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                           # full
     errno.EACCES, errno.EPERM, errno.EROFS,                            # not allowed
@@ -93,14 +93,14 @@ _system_errors = (
     errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,       # no locks
 )
 
-# %% ../nbs/00_system.ipynb #cell20
+# %% ../nbs/00_system.ipynb #cell24
 def _remedy(path):
     "What helps if a path cannot be used: for the cache, a variable names another folder."
     if path.absolute().is_relative_to(cache_folder().absolute()):
         return "Free space or ask for the right to use it, or set MOEVO_CACHE to another folder"
     return "Free space or ask for the right to use it, or choose another folder"
 
-# %% ../nbs/00_system.ipynb #cell21
+# %% ../nbs/00_system.ipynb #cell25
 @contextmanager
 def explained(
     path:str|Path,   # what is used
@@ -114,7 +114,7 @@ def explained(
         told = f"{path} cannot be {done} ({said}). {_remedy(Path(path))}."
         raise OSError(e.errno, told) from None
 
-# %% ../nbs/00_system.ipynb #cell24
+# %% ../nbs/00_system.ipynb #cell28
 @contextmanager
 def atomic_path(
     path:str|Path,   # the file that is to be
@@ -132,7 +132,7 @@ def atomic_path(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../nbs/00_system.ipynb #cell25
+# %% ../nbs/00_system.ipynb #cell29
 def write_text(
     path:str|Path,
     text:str,
@@ -140,7 +140,7 @@ def write_text(
     "Write a text file completely or not at all."
     with atomic_path(path) as partial: partial.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_system.ipynb #cell31
+# %% ../nbs/00_system.ipynb #cell35
 def _acquire(lock, what, wait):
     "Take the lock of an open file, and write into it who has it."
     try:
@@ -158,7 +158,7 @@ def _acquire(lock, what, wait):
     lock.write(f"process {os.getpid()} on {platform.node()} since {since}")
     lock.flush()
 
-# %% ../nbs/00_system.ipynb #cell32
+# %% ../nbs/00_system.ipynb #cell36
 @contextmanager
 def file_lock(
     path:str|Path,      # the lock file, made if missing, with its folder
@@ -174,7 +174,7 @@ def file_lock(
         with explained(path, "locked"): _acquire(lock, what, wait)
         yield
 
-# %% ../nbs/00_system.ipynb #cell36
+# %% ../nbs/00_system.ipynb #cell40
 def check_cache():
     "Error: the cache folder cannot be made, written to, or locked."
     folder = cache_folder()
@@ -189,18 +189,18 @@ def check_cache():
         for path in (tried, lock):
             with suppress(OSError): path.unlink()
 
-# %% ../nbs/00_system.ipynb #cell42
+# %% ../nbs/00_system.ipynb #cell46
 @lru_cache(maxsize=1)
 def numeric_libraries() -> ThreadpoolController:
     "The thread pools of this process, looked up once: that takes longer than a short training."
     return ThreadpoolController()
 
-# %% ../nbs/00_system.ipynb #cell43
+# %% ../nbs/00_system.ipynb #cell47
 def one_thread():
     "A context in which the numeric libraries use one thread."
     return numeric_libraries().limit(limits=1)
 
-# %% ../nbs/00_system.ipynb #cell46
+# %% ../nbs/00_system.ipynb #cell50
 def _end_with_parent(
     parent:int,   # its process id
 ):
@@ -214,14 +214,14 @@ def _end_with_parent(
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/00_system.ipynb #cell47
+# %% ../nbs/00_system.ipynb #cell51
 def _processes(n_jobs):
     "A `joblib.Parallel` over processes of one thread each, which end with this one."
     watched = dict(initializer=_end_with_parent, initargs=(os.getpid(),))
     with joblib.parallel_config("loky", inner_max_num_threads=1, **watched):
         return joblib.Parallel(n_jobs, return_as="generator")
 
-# %% ../nbs/00_system.ipynb #cell48
+# %% ../nbs/00_system.ipynb #cell52
 @contextmanager
 def _cancelling(results):
     "Cancel the tasks whose results are not wanted any more, without joblib's warning of it."
@@ -229,7 +229,7 @@ def _cancelling(results):
     finally:
         with warnings.catch_warnings(action="ignore"): results.close()
 
-# %% ../nbs/00_system.ipynb #cell50
+# %% ../nbs/00_system.ipynb #cell54
 def _run_in_processes(function, tasks, n_jobs):
     "Yields the results of tasks in order. Error: a process was killed twice at the same tasks."
     tasks, call = iter(tasks), joblib.delayed(function)
@@ -258,7 +258,7 @@ def _run_in_processes(function, tasks, n_jobs):
             lost = len(handed)
             warnings.warn("a worker process was killed; what it was doing is run once more")
 
-# %% ../nbs/00_system.ipynb #cell52
+# %% ../nbs/00_system.ipynb #cell56
 def _run_on_cluster(function, tasks, n_jobs):
     "Yields the results of tasks in order. Error: the last worker of the cluster has gone."
     call, parallel = joblib.delayed(function), joblib.Parallel(n_jobs, return_as="generator")
@@ -268,7 +268,7 @@ def _run_on_cluster(function, tasks, n_jobs):
         raise RuntimeError("no worker of the cluster is left: start some, "
                            "and the same command goes on from here.") from None
 
-# %% ../nbs/00_system.ipynb #cell53
+# %% ../nbs/00_system.ipynb #cell57
 def run_parallel(
     function:Callable,
     tasks:Iterable,            # the arguments of each call, a tuple; taken as they are needed
@@ -289,7 +289,7 @@ def run_parallel(
             with one_thread(): result = function(*task)
             yield result
 
-# %% ../nbs/00_system.ipynb #cell59
+# %% ../nbs/00_system.ipynb #cell63
 @contextmanager
 def graceful_interrupt(
     message:Callable,   # () -> what to say after the signal's name
@@ -313,14 +313,14 @@ def graceful_interrupt(
         raise
     finally: restore()
 
-# %% ../nbs/00_system.ipynb #cell62
+# %% ../nbs/00_system.ipynb #cell66
 def versions(
     *packages:str,   # names of installed packages
 ) -> dict:           # name -> version; first that of Python
     "The versions of Python and of some packages."
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
-# %% ../nbs/00_system.ipynb #cell65
+# %% ../nbs/00_system.ipynb #cell69
 def did_you_mean(
     name:str,
     known,      # the names there are
@@ -329,7 +329,7 @@ def did_you_mean(
     near = difflib.get_close_matches(name, [*known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
-# %% ../nbs/00_system.ipynb #cell68
+# %% ../nbs/00_system.ipynb #cell72
 def figure_text(
     name:str,
 ) -> str:       # as matplotlib draws it literally
@@ -339,7 +339,7 @@ def figure_text(
     drawn = "".join(char if ord(char) in known else "\ufffd" for char in name)
     return (" " * drawn.startswith("_") + drawn).replace("$", r"\$")
 
-# %% ../nbs/00_system.ipynb #cell21
+# %% ../nbs/00_system.ipynb #cell75
 def _significant_bits(
     file,          # of a PNG image, opened; its position is kept
 ) -> int|None:     # as its sBIT chunk states; None: there is none
@@ -355,7 +355,7 @@ def _significant_bits(
     file.seek(position)
     return bits
 
-# %% ../nbs/00_system.ipynb #cell22
+# %% ../nbs/00_system.ipynb #cell76
 def _stated_white(
     image:Image.Image,   # opened, not loaded
 ) -> int|None:           # None: the file does not say
@@ -368,7 +368,7 @@ def _stated_white(
     bits = int(np.max(image.tag_v2.get(258, 16)))   # BitsPerSample
     return 2**bits - 1 if bits < 16 else None
 
-# %% ../nbs/00_system.ipynb #cell23
+# %% ../nbs/00_system.ipynb #cell77
 def _eight_bits(
     image:Image.Image,   # grey, of more than 8 bits
     white:int|None,      # largest sample that its file states; None: not known
@@ -382,7 +382,7 @@ def _eight_bits(
     if white is None or white < largest: white = 65535
     return Image.fromarray((values * 256 // (white + 1)).clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/00_system.ipynb #cell25
+# %% ../nbs/00_system.ipynb #cell79
 def _check_colours(
     image:Image.Image,   # coloured, loaded, of 16 bits in its file
     white:int|None,      # largest sample that its file states; None: not known
@@ -394,7 +394,7 @@ def _check_colours(
         raise ValueError("few of the 16 bits of its coloured samples are used: save 8 bits per "
                          "channel, or scale to all 16")
 
-# %% ../nbs/00_system.ipynb #cell26
+# %% ../nbs/00_system.ipynb #cell80
 def as_rgb(
     image:Image.Image,
 ) -> Image.Image:      # mode RGB, upright
@@ -411,7 +411,7 @@ def as_rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
-# %% ../nbs/00_system.ipynb #cell29
+# %% ../nbs/00_system.ipynb #cell83
 formats = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # no other decoder is used
 
 def open_image(
@@ -421,7 +421,7 @@ def open_image(
     Image.init()   # registers all decoders; does nothing from the second call on
     return Image.open(path, formats=formats)
 
-# %% ../nbs/00_system.ipynb #cell30
+# %% ../nbs/00_system.ipynb #cell84
 def read_image(
     path:str|Path,
     size:int,        # pixels
@@ -430,7 +430,7 @@ def read_image(
     with open_image(path) as image:
         return np.asarray(as_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/00_system.ipynb #cell71
+# %% ../nbs/00_system.ipynb #cell97
 @lru_cache(maxsize=1)
 def import_torchvision():   # the module
     "Import torchvision, also where its compiled operators cannot be loaded."
