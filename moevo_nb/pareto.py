@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['objectives', 'active_fraction', 'Objective', 'measured_objectives', 'sort_order', 'chosen_objectives', 'minimised',
            'reference_point', 'dominates', 'non_dominated', 'merge_fronts', 'hypervolume_of', 'hypervolume',
-           'hypervolume_curve', 'attainment', 'plot_front', 'plot_hypervolume', 'attained', 'plot_attainment',
-           'plot_differences']
+           'hypervolume_curve', 'attainment', 'plot_front', 'hover_text', 'front_page', 'plot_hypervolume', 'attained',
+           'plot_attainment', 'plot_differences']
 
 # %% ../nbs/08_pareto.ipynb #cell3
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 
 import matplotlib.pyplot as plt
 import moocore
@@ -239,18 +241,23 @@ def _axis_label(name, neurons, score):
     return f"{label} ({score})" if score and name == "auroc" else label
 
 # %% ../nbs/08_pareto.ipynb #cell78
+def _bent_ticks(bend):
+    "Values at the ticks of an asinh axis."
+    decades = 10.0 ** np.arange(-5, 3)
+    candidates = np.sort([*decades, *3 * decades[:-1]])
+    if np.sum(candidates > bend) > 8: candidates = decades
+    return np.append(0, candidates[candidates > bend])
+
+# %% ../nbs/08_pareto.ipynb #cell79
 def _label_axis(axis, name, bend, neurons, score=""):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
     axis.set_label_text(_axis_label(name, neurons, score))
     if not bend: return
-    decades = 10.0 ** np.arange(-5, 3)
-    candidates = np.sort([*decades, *3 * decades[:-1]])
-    if np.sum(candidates > bend) > 8: candidates = decades
-    ticks = np.append(0, candidates[candidates > bend])
+    ticks = _bent_ticks(bend)
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
 
-# %% ../nbs/08_pareto.ipynb #cell82
+# %% ../nbs/08_pareto.ipynb #cell83
 def _draw_members(ax, members, star, ringed, colors, limits):
     "Members as points, some of them ringed, and the unpruned network as a star."
     x = members.to_numpy().T
@@ -262,7 +269,7 @@ def _draw_members(ax, members, star, ringed, colors, limits):
     ax.scatter(*star.to_numpy().T, marker="*", s=130, c="black", label=label)
     return points
 
-# %% ../nbs/08_pareto.ipynb #cell83
+# %% ../nbs/08_pareto.ipynb #cell84
 def _finish_space(ax, drawn):
     "Stems down to the floor, room for the labels, and the vertical axis on the outer side."
     for points in ax.collections: points.set_depthshade(False)
@@ -277,7 +284,7 @@ def _finish_space(ax, drawn):
         axis.labelpad = 0
         axis.set_major_locator(MaxNLocator(5))
 
-# %% ../nbs/08_pareto.ipynb #cell84
+# %% ../nbs/08_pareto.ipynb #cell85
 def _draw_staircase(ax, points):
     "The bound of what the points dominate; their first column is the horizontal axis."
     names = list(points)
@@ -285,7 +292,7 @@ def _draw_staircase(ax, points):
     x, y = points.sort_values(names).to_numpy().T
     ax.step(x, y, color="0.5", linewidth=1, zorder=0, where=where)
 
-# %% ../nbs/08_pareto.ipynb #cell85
+# %% ../nbs/08_pareto.ipynb #cell86
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
@@ -321,7 +328,120 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/08_pareto.ipynb #cell92
+# %% ../nbs/08_pareto.ipynb #cell93
+def _with_interval(row, name, neurons):
+    "A value of an objective in words, with its interval where the table has one."
+    objective = objectives[name].of(neurons)
+    value, unit = objective.scale * row[name], " %" * (objective.unit == "%")
+    digits = 1 if unit else 3
+    said = f"{objective.label} {value:.{digits}f}{unit}"
+    ends = [row.get(f"{name}_{end}") for end in ("low", "high")]
+    if None in ends: return said
+    low, high = (f"{objective.scale * end:.{digits}f}" for end in ends)
+    return f"{said} ({low} to {high})"
+
+# %% ../nbs/08_pareto.ipynb #cell94
+def hover_text(
+    row:dict,          # objectives, and NAME_low and NAME_high of those with an interval
+    called:str,        # "member 3", "unpruned"
+    names:list = (),   # by which it is known
+    neurons:str = "neurons",   # what masks switch
+) -> str:              # HTML
+    "What the page says of a member."
+    title = f"<b>{escape(called)}</b>" + "".join(f", {escape(name)}" for name in names)
+    return "<br>".join([title, *(_with_interval(row, name, neurons) for name in sort_order())])
+
+# %% ../nbs/08_pareto.ipynb #cell96
+def _page_axis(name, values, neurons):
+    "The values of an objective as the page draws them, and its axis."
+    bend = _bend(name, values)
+    axis = dict(title=objectives[name].of(neurons).axis)
+    if bend:
+        ticks = _bent_ticks(bend)
+        axis |= dict(tickvals=np.arcsinh(ticks / bend).tolist(), ticktext=[f"{t:g}" for t in ticks])
+    return _drawn(name, values, bend).tolist(), axis
+
+# %% ../nbs/08_pareto.ipynb #cell97
+_linking = """
+const page = document.getElementById("{plot_id}"), rings = RINGS, members = MEMBERS;
+const places = PLACES;   // x and y of all points, in each panel
+page.on("plotly_hover", event => {
+  const k = event.points[0].customdata;
+  Plotly.restyle(page, {x: places.map(([x, y]) => [x[k]]), y: places.map(([x, y]) => [y[k]])}, rings);
+});
+page.on("plotly_selected", event => {
+  const chosen = event ? event.points.map(point => point.customdata) : null;
+  Plotly.restyle(page, {selectedpoints: [chosen]}, members);
+});
+"""
+
+def _linking_script(places):
+    "JavaScript that rings, in all panels, the member that the mouse is on, and marks what is chosen."
+    panels = range(len(places))
+    values = dict(RINGS=[2 * k + 1 for k in panels], MEMBERS=[2 * k for k in panels], PLACES=places)
+    script = _linking
+    for name, value in values.items(): script = script.replace(name, json.dumps(value))
+    return script
+
+# %% ../nbs/08_pareto.ipynb #cell98
+def _page_points(table, named, stars):
+    "How the points of the page look: symbols, sizes and colours; the last ones are stars."
+    marked = [position in named.values() for position in range(len(table))]
+    symbols = ["diamond" if mark else "circle" for mark in marked] + ["star"] * stars
+    sizes = [13 if mark else 9 for mark in marked] + [16] * stars
+    colors = table[sort_order()[-1]].tolist()
+    scale = dict(colorscale="Viridis", cmin=min(colors), cmax=max(colors), showscale=True,
+                 colorbar=dict(title=objectives[sort_order()[-1]].axis))
+    return dict(symbol=symbols, size=sizes, color=colors + ["black"] * stars, **scale,
+                line=dict(color="black", width=[1.2 if mark else 0.3 for mark in marked] + [0] * stars))
+
+# %% ../nbs/08_pareto.ipynb #cell99
+def _page_texts(table, named, unpruned, neurons):
+    "What the page says of each member, and of the unpruned network."
+    texts = []
+    for k, row in enumerate(table.to_dict("records")):
+        names = [name for name, position in named.items() if position == k]
+        texts.append(hover_text(row, f"member {k}", names, neurons))
+    return [*texts, hover_text(dict(unpruned), "unpruned", neurons=neurons)]
+
+# %% ../nbs/08_pareto.ipynb #cell100
+def _add_panel(figure, at, points, axes, look, texts):
+    "Add one projection: its points, and a ring that waits for a member."
+    (x, y), (x_axis, y_axis) = points, axes
+    figure.add_scatter(x=x, y=y, mode="markers", marker=look, hoverinfo="text", hovertext=texts,
+                       customdata=[*range(len(texts))], **at)
+    ring = dict(symbol="circle-open", size=22, color="#D55E00", line=dict(width=3))
+    figure.add_scatter(x=[], y=[], mode="markers", marker=ring, hoverinfo="skip", **at)
+    figure.update_xaxes(x_axis, **at)
+    figure.update_yaxes(y_axis, **at)
+
+# %% ../nbs/08_pareto.ipynb #cell101
+def front_page(
+    table:pd.DataFrame,   # a front, a row for each member; NAME_low and NAME_high are intervals
+    named:dict,           # name of a notable member -> its position in the table
+    unpruned:dict,        # objectives of the unpruned network, and intervals
+    title:str,
+    notes:str = "",       # below the title
+    neurons:str = "neurons",   # what masks switch, for labels
+) -> str:                 # HTML, self-contained
+    "The three projections of a front as a page to explore."
+    from plotly.subplots import make_subplots   # here, since only a page needs it
+    values = pd.concat([table, pd.DataFrame([dict(unpruned)])], ignore_index=True)
+    drawn, axes = zip(*(_page_axis(name, values[name], neurons) for name in sort_order()[:3]))
+    texts, look = _page_texts(table, named, unpruned, neurons), _page_points(table, named, stars=1)
+    figure = make_subplots(2, 2, horizontal_spacing=0.09, vertical_spacing=0.12)
+    pairs = ((0, 1), (0, 2), (1, 2))
+    for panel, (x, y) in enumerate(pairs):
+        at = dict(row=panel // 2 + 1, col=panel % 2 + 1)
+        _add_panel(figure, at, (drawn[x], drawn[y]), (axes[x], axes[y]), look, texts)
+    legend = "Diamonds are the notable members, the star is the unpruned network."
+    heading = f"{escape(title)}<br><sup>{legend} {escape(notes)}</sup>"
+    figure.update_layout(template="plotly_white", title=heading, showlegend=False, height=850)
+    script = _linking_script([(drawn[x], drawn[y]) for x, y in pairs])
+    return figure.to_html(dict(displaylogo=False, responsive=True), include_plotlyjs=True,
+                          div_id="front", post_script=script)
+
+# %% ../nbs/08_pareto.ipynb #cell105
 def _mark_initial(ax, curves, initial):
     "Mark the end of the initial population; its rise, due to its order alone, is mostly left out."
     label = "end of the initial population"
@@ -329,7 +449,7 @@ def _mark_initial(ax, curves, initial):
     lowest = curves[:, initial - 1].min()
     ax.set_ylim(bottom=max(0, lowest - 0.25 * (curves.max() - lowest) - 0.01))
 
-# %% ../nbs/08_pareto.ipynb #cell93
+# %% ../nbs/08_pareto.ipynb #cell106
 def plot_hypervolume(
     curves:np.ndarray,           # after each evaluation, (n_runs, n_evals) or (n_evals,)
     ax:plt.Axes|None = None,     # where to draw; a new figure by default
@@ -350,7 +470,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/08_pareto.ipynb #cell98
+# %% ../nbs/08_pareto.ipynb #cell111
 def attained(
     tables:list,                 # a front for each run
     fractions:np.ndarray,        # upper bounds on the active fraction, (n_fractions,)
@@ -365,7 +485,7 @@ def attained(
         best.append(values.max(axis=1) if found.maximise else values.min(axis=1))
     return np.array(best)
 
-# %% ../nbs/08_pareto.ipynb #cell102
+# %% ../nbs/08_pareto.ipynb #cell115
 def _draw_attained(ax, sizes, values, objective):
     "Band and median of what the runs attain, (n_runs, n_sizes), from the worst attained value on."
     ax.fill_between(sizes, values.min(axis=0), values.max(axis=0), step="post", alpha=0.2,
@@ -374,7 +494,7 @@ def _draw_attained(ax, sizes, values, objective):
     known = values[values != objective.scale * objective.worst]
     ax.set_ylim(*((known.min(), None) if objective.maximise else (None, known.max())))
 
-# %% ../nbs/08_pareto.ipynb #cell103
+# %% ../nbs/08_pareto.ipynb #cell116
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
@@ -396,7 +516,7 @@ def plot_attainment(
     axes[0].legend(loc="lower right")
     return axes
 
-# %% ../nbs/08_pareto.ipynb #cell108
+# %% ../nbs/08_pareto.ipynb #cell121
 def plot_differences(
     differences:pd.DataFrame,      # from the unpruned network, indexed by member and seed
     axes:np.ndarray|None = None,   # one for each measured objective; a new figure by default

@@ -7,7 +7,7 @@ __all__ = ['parameters', 'experiment_figures', 'packages', 'Parameter', 'paramet
            'collect_parameters', 'course_settings', 'package_commit', 'code_digests', 'results_folder', 'Run',
            'as_json', 'Progress', 'SearchProgress', 'most_seconds', 'StudyImages', 'load_images', 'load_features',
            'StudyProblems', 'load_problems', 'corrupted_problem', 'load_corrupted', 'measure_corrupted', 'run_notebook',
-           'read_results', 'published_fronts']
+           'FinishedRun', 'read_run', 'source_digests', 'check_sources', 'read_results', 'published_fronts']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -32,13 +32,14 @@ import torch
 
 import moevo_nb
 
-from .backbone import backbones, cached_features, weights_file
+from .backbone import backbones, cached_features, weights_file, weights_hash
 from .corruption import (
     accuracy_by_kind, auroc_by_kind, corrupted_features, corruption_names)
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
     near_sets, ood_names, ood_places, ood_sets, protocol_mixtures, protocol_splits, protocols,
     separate_mixtures, split_ood)
+from .deploy import load_heads
 from .encoding import encodings, find_encoding
 from .ensemble import majority_vote
 from .evaluation import Problem, connect_dask, stack_outputs
@@ -383,7 +384,8 @@ class Run(_HeldFolder):
         if self.started: return
         self.started = True
         figures = [f"figures/{figure}.{kind}" for figure in self.figures for kind in ("png", "csv")]
-        for name in ("result.json", "front.csv", "evaluations.sqlite", *figures):
+        files = "result.json", "front.csv", "evaluations.sqlite", "heads.safetensors", "front.html"
+        for name in (*files, *figures):
             (self.folder / name).unlink(missing_ok=True)
 
     def _stoppable(self, what):
@@ -723,6 +725,67 @@ def run_notebook(
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
 # %% ../nbs/22_study.ipynb #cell100
+@dataclass(frozen=True)
+class FinishedRun:
+    "What a run has left behind."
+    folder:Path
+    result:dict          # of result.json
+    front:pd.DataFrame   # of front.csv, a row a member
+    heads:dict           # member's number, or "unpruned" -> its heads, one a fold
+
+    def members(self, name):
+        "Numbers of the members that a name means. Error: there is no such member."
+        numbers = [str(k) for k in range(len(self.front))]
+        notable = {called: row["member"] for called, row in self.result["notable_members"].items()}
+        if name == "ensemble": return numbers
+        if str(name) in numbers: return [str(name)]
+        if name in notable: return [str(notable[name]) if notable[name] >= 0 else "unpruned"]
+        known = [*notable, "ensemble"]
+        raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), known) or '.'} "
+                         f"Give one of {', '.join(known)}, or a number from 0 to {len(numbers) - 1}.")
+
+# %% ../nbs/22_study.ipynb #cell101
+def read_run(
+    folder:str|Path,   # of an experiment
+) -> FinishedRun:
+    "What a run has left behind. Errors: it is not finished, or its heads are missing or others."
+    folder = Path(folder).expanduser()
+    path, heads = folder / "result.json", folder / "heads.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no result.json, so there is no finished run in it: give the folder "
+            "of one, such as runs/flowers, or run the experiment again, which goes on where it stopped.")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    expected = result.get("digests", {}).get("heads")
+    if not expected or not heads.is_file() or file_digest(heads) != expected:
+        said = "is not the file of this run" if expected and heads.is_file() else "is missing"
+        raise ValueError(f"{heads} {said}: run the experiment again with the parameters in {path}. "
+                         "What it has evaluated is kept, so that takes little time.")
+    front = pd.read_csv(folder / "front.csv", dtype={"mask": str})
+    return FinishedRun(folder, result, front, load_heads(heads))
+
+# %% ../nbs/22_study.ipynb #cell102
+def source_digests(
+    p:SimpleNamespace,   # the parameters
+    study:StudyImages,
+) -> dict:               # name of a source -> what identifies it
+    "What identifies the images of a study and the weights of its backbone."
+    ood = {f"OoD images {images.name}": images.manifest for images in study.ood_sets}
+    return {"images": study.images.manifest, "weights": weights_hash(p.backbone, p.weights)} | ood
+
+# %% ../nbs/22_study.ipynb #cell103
+def check_sources(
+    run:FinishedRun,
+    found:dict,        # as from `source_digests`
+):
+    "Error: images or weights are not those of the run."
+    known = run.result["digests"]["sources"]
+    changed = [name for name in known if known[name] != found.get(name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)}: not what the run in {str(run.folder)!r} has seen. "
+                         "Restore what was there, or run the experiment again.")
+
+# %% ../nbs/22_study.ipynb #cell108
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -733,7 +796,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell101
+# %% ../nbs/22_study.ipynb #cell109
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -749,7 +812,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell104
+# %% ../nbs/22_study.ipynb #cell112
 def published_fronts(
     folder:str|Path = "paper_runs",   # where published_fronts.csv is
 ) -> dict:                            # data set -> a table with the objectives as columns

@@ -18,10 +18,10 @@ root = Path(__file__).parent.parent
 small = dict(ood="weaves", image_size=48, n_evals=7, pop_size=4, n_jobs=1)
 
 
-def papermill(folder, cache, **parameters):
-    "Run the experiment as a user would, in a folder, with a cache; the finished process."
+def papermill(folder, cache, notebook="experiment", **parameters):
+    "Run a notebook as a user would, in a folder, with a cache; the finished process."
     given = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
-    return subprocess.run([str(Path(sys.executable).parent / "papermill"), str(root / "nbs" / "experiment.ipynb"), "out.ipynb", *given], cwd=folder,
+    return subprocess.run([str(Path(sys.executable).parent / "papermill"), str(root / "nbs" / f"{notebook}.ipynb"), "out.ipynb", *given], cwd=folder,
                           capture_output=True, text=True, env=os.environ | dict(MOEVO_CACHE=str(cache), MOEVO_DATA=str(folder / "none")))
 
 
@@ -150,10 +150,18 @@ def test_bad_parameters_stop_before_anything_is_computed(tmp_path, wrong, said):
     assert (tmp_path / "results" / "result.json").read_text() == "{}" and not (tmp_path / "cache").exists()
 
 
-def test_folds_give_each_fold_its_own_ranked_mask(finished, class_folders, tmp_path):
-    done = papermill(tmp_path, finished[0] / "cache", dataset=class_folders, folds=2, out_dir="results", **small)
+@pytest.fixture(scope="module")
+def folds(finished, class_folders, tmp_path_factory):
+    "The results of a run with two folds; the cache beside them is that of the first run."
+    folder = tmp_path_factory.mktemp("folds")
+    (folder / "cache").symlink_to(finished[0] / "cache")
+    done = papermill(folder, folder / "cache", dataset=class_folders, folds=2, out_dir="results", **small)
     assert done.returncode == 0, done.stderr[-3000:]
-    with Store(tmp_path / "results" / "evaluations.sqlite") as store: sizes = {store.mask(name).size for _, name, *_ in store.read("evaluations")}
+    return folder / "results"
+
+
+def test_folds_give_each_fold_its_own_ranked_mask(finished, folds):
+    with Store(folds / "evaluations.sqlite") as store: sizes = {store.mask(name).size for _, name, *_ in store.read("evaluations")}
     assert sizes == {1280}                                                    # what the search asked for holds for both folds
     with Store(finished[0] / "cache" / "evaluations.sqlite") as store:
         evaluated = [store.mask(name) for _, name, *_ in store.read("evaluations")]
@@ -169,3 +177,43 @@ def test_the_paper_reads_what_runs_left(finished):
                           cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "published" in (folder / "paper.ipynb").read_text()
+
+
+def test_a_member_becomes_a_model_with_the_metrics_of_the_run(finished, class_folders, tmp_path, monkeypatch):
+    "From the files of its images, without torch's part of the package, the model has the accuracy and the AUROC that the run reports."
+    from moevo_nb.predict import Classifier
+    from moevo_nb.robustness import auroc
+    from moevo_nb.study import load_images, make_parameters
+    out = tmp_path / "results"
+    shutil.copytree(finished[0] / "results", out)
+    new = next(class_folders.iterdir())
+    done = papermill(tmp_path, finished[0] / "cache", "deploy", run="results", member="knee", images=new, n_jobs=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    result, classify = json.loads((out / "result.json").read_text()), Classifier(out / "model")
+    study = load_images(make_parameters(**result["parameters"]))
+    (_, own, mixture), = study.report_splits
+    files = [path for folder in sorted(class_folders.iterdir()) for path in sorted(folder.iterdir())]
+    found = pd.DataFrame(classify([files[k] for k in own]))
+    ood = pd.DataFrame(classify(study.ood_sets[0].pixels(mixture[0], 48)))
+    labels = [study.images.classes[k] for k in study.images.labels[own]]
+    knee = result["notable_members"]["knee"]
+    assert (found.label == labels).mean() == knee["accuracy"] == classify.about["metrics"]["accuracy"]["value"]
+    assert auroc(found.score.to_numpy(), ood.score.to_numpy()) == knee["auroc"] == classify.about["metrics"]["AUROC"]["value"]
+    assert found.in_distribution.mean() >= 0.95   # which is how the threshold was chosen
+    predictions = pd.read_csv(out / "predictions.csv")
+    assert len(predictions) == 14 and predictions.columns.tolist() == ["image", "label", "probability", "score", "in_distribution"]
+    assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.pt"), *out.glob("*partial*")]
+
+
+def test_all_members_trained_on_all_images_become_one_model(folds, class_folders, tmp_path):
+    from moevo_nb.deploy import load_heads
+    done = papermill(folds.parent, folds.parent / "cache", "deploy", run="results", member="ensemble", refit=True, show_images=False, n_jobs=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    about, front = json.loads((folds / "model" / "model.json").read_text()), pd.read_csv(folds / "front.csv", dtype={"mask": str})
+    assert about["masks"] == {str(k): mask for k, mask in enumerate(front["mask"])} and about["provenance"]["refit"]
+    assert about["metrics"]["accuracy"]["images"] == 42 and any("trained on all images" in note for note in about["notes"])
+    run, model = load_heads(folds / "heads.safetensors"), load_heads(folds / "model" / "model.safetensors")
+    assert len(run["0"]) == 2 and set(model) == set(run) - {"unpruned"}
+    largest = str(front.active_fraction.idxmax())
+    assert (run[largest][0].inputs == model[largest][0].inputs).all() and (run[largest][0].weights[0] != model[largest][0].weights[0]).any()
