@@ -1,5 +1,6 @@
 "The experiment with each encoding: searched, stored, resumed and explained, on a few small images and masks."
 import json
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from moevo_nb.encoding import find_encoding
+from moevo_nb.evolution import Search
+from moevo_nb.operators import InformedVariation, importance
 from moevo_nb.store import Store, from_hex
 
 cells = json.loads((Path(__file__).parent.parent / "nbs" / "experiment.ipynb").read_text())["cells"]
@@ -64,3 +67,21 @@ def test_an_encoding_is_resumed(shared_cache, class_folders, capsys):
     fronts = [(shared_cache / folder / "front.csv").read_text() for folder in ("two_layers_both", "again")]
     assert again["evaluator"].trained == 0 and fronts[0] == fronts[1]
     with pytest.raises(ValueError, match="- encoding: 'two_layers_both' there, 'units' asked for"): run(**given, encoding="units")
+
+
+def test_a_step_over_connections_costs_less_than_a_second():
+    "Choosing among offspring of 655,360 connections and learning from two, in processor time; and what the search keeps is packed."
+    rng = np.random.default_rng(0)
+    known = importance(rng.gamma(0.5, 1, (200, 1280)).astype(np.float32), 8, "connections")
+    search, seconds = Search(InformedVariation(known), n_evals=40, surrogate=known), []
+    while search.left:
+        began = time.process_time()
+        masks = search.ask()
+        asked = time.process_time() - began
+        table = pd.DataFrame(dict(accuracy=rng.random(len(masks)), active_fraction=masks.mean(axis=1), auroc=rng.random(len(masks))))
+        began = time.process_time()
+        search.tell(table)
+        seconds.append(asked + time.process_time() - began)
+    assert np.median(seconds[1:]) < 1 and sum(part.nbytes for part in search.masks) == 40 * 655_360 / 8
+    masks, table = search.history()
+    assert masks.dtype == bool and (masks.mean(axis=1) == table.active_fraction).all()
