@@ -81,7 +81,7 @@ def _plot_frequency(ax, masks, neurons, null, explained):
     ax.set(yticks=rows, yticklabels=neurons, ylabel=explained, ylim=(len(rows) - 0.5, -0.5))
     if masks.dtype == bool:
         ax.set(xlabel=f"fraction of {len(masks)} members", xlim=(0, 1), xticks=[0, 0.5, 1])
-    else: ax.set(xlabel="active connections", xlim=(0, None))
+    else: ax.set(xlabel="fraction of its connections")
     if null is None: return {}
     low, middle, high = np.quantile(null[:, neurons], (0.025, 0.5, 0.975), axis=0)
     intervals = [middle - low, high - middle]
