@@ -64,38 +64,38 @@ class _Normalization(HyperplaneNormalization):
         flat = self.nadir_point <= self.ideal_point
         self.nadir_point = np.where(flat, self.ideal_point + 1, self.nadir_point)
 
-# %% ../nbs/13_evolution.ipynb #new
+# %% ../nbs/13_evolution.ipynb #cell13
 class _Spea2(SPEA2):
     "SPEA2 with that normalisation, for as many objectives as the problem has."
     def _setup(self, problem, **kwargs):
         super()._setup(problem, **kwargs)
         self.survival.norm = _Normalization(problem.n_obj)
 
-# %% ../nbs/13_evolution.ipynb #new
+# %% ../nbs/13_evolution.ipynb #cell14
 def spea2(**settings):
     "pymoo's SPEA2, also for objectives of one value."
     return _Spea2(survival=SPEA2Survival(normalize=True), **settings)
 
-# %% ../nbs/13_evolution.ipynb #cell14
+# %% ../nbs/13_evolution.ipynb #cell15
 def smsemoa(**settings):
     "pymoo's SMS-EMOA with a survival of its own."
     return SMSEMOA(survival=LeastHypervolumeContributionSurvival(), **settings)
 
-# %% ../nbs/13_evolution.ipynb #cell16
+# %% ../nbs/13_evolution.ipynb #cell17
 class _OnePointSurvival(AGEMOEA2Survival):
     "The survival of AGE-MOEA-II, also where a whole front is one point."
     def survival_score(self, front, ideal_point):
         if np.ptp(front, axis=0).max() > 1e-9: return super().survival_score(front, ideal_point)
         return np.zeros(len(front)), 1, front.max(axis=0)
 
-# %% ../nbs/13_evolution.ipynb #cell17
+# %% ../nbs/13_evolution.ipynb #cell18
 def agemoea2(**settings):
     "pymoo's AGE-MOEA-II, also for fronts of one point."
     algorithm = AGEMOEA2(**settings)
     algorithm.survival = _OnePointSurvival()
     return algorithm
 
-# %% ../nbs/13_evolution.ipynb #cell19
+# %% ../nbs/13_evolution.ipynb #cell20
 class PymooAlgorithm:
     "The steps of an algorithm of pymoo."
     def __init__(
@@ -130,7 +130,7 @@ class PymooAlgorithm:
         if self.evaluated: self.evaluated.add(self.asked.get("X").astype(bool), table)
         self.algorithm.tell(infills=self.asked)
 
-# %% ../nbs/13_evolution.ipynb #cell21
+# %% ../nbs/13_evolution.ipynb #cell22
 class RandomAlgorithm:
     "Masks as the strategy makes them from nothing, for ever."
     def __init__(self, config):
@@ -144,7 +144,7 @@ class RandomAlgorithm:
 
     def tell(self, table): pass
 
-# %% ../nbs/13_evolution.ipynb #cell23
+# %% ../nbs/13_evolution.ipynb #cell24
 class EvoPruneDeepTL:
     "A steady-state genetic algorithm for accuracy."
     def __init__(self, config):
@@ -177,7 +177,7 @@ class EvoPruneDeepTL:
         best = np.lexsort([fitness.active_fraction, -fitness.accuracy])[:self.config.pop_size]
         self.population, self.fitness = masks[best], fitness.iloc[best]
 
-# %% ../nbs/13_evolution.ipynb #cell27
+# %% ../nbs/13_evolution.ipynb #cell28
 algorithms = {
     "nsga2": partial(PymooAlgorithm, nsga2),
     "spea2": partial(PymooAlgorithm, spea2),
@@ -187,7 +187,7 @@ algorithms = {
     "evoprunedeeptl": EvoPruneDeepTL,
 }
 
-# %% ../nbs/13_evolution.ipynb #cell29
+# %% ../nbs/13_evolution.ipynb #cell30
 def search_memory(
     n_neurons:int,
     n_evals:int = 200,
@@ -206,7 +206,7 @@ def search_memory(
         found["runs"] = 16 * runs * remembered_masks**2 + 24 * remembered_masks * n_neurons
     return found
 
-# %% ../nbs/13_evolution.ipynb #cell31
+# %% ../nbs/13_evolution.ipynb #cell32
 def check_search_size(
     **sizes,   # as `search_memory` takes them
 ):
@@ -219,7 +219,7 @@ def check_search_size(
                          f"{available / 2**30:,.1f} GiB are available: "
                          f"lower {max(parts, key=parts.get)}.")
 
-# %% ../nbs/13_evolution.ipynb #cell34
+# %% ../nbs/13_evolution.ipynb #cell35
 def _check_search(variation, algorithm, numbers, arrays):
     "Errors: an unknown algorithm, a number out of range, an array for other neurons."
     if algorithm not in algorithms:
@@ -235,7 +235,7 @@ def _check_search(variation, algorithm, numbers, arrays):
             raise ValueError(f"{name} has shape {np.shape(value)}; {variation.n_neurons} neurons "
                              "on its last axis are expected.")
 
-# %% ../nbs/13_evolution.ipynb #cell35
+# %% ../nbs/13_evolution.ipynb #cell36
 class Search:
     "One run: a pure function of its seed, of its settings, and of the objectives that it is told."
     def __init__(
@@ -282,7 +282,7 @@ class Search:
         if not self.masks: return [], None
         return np.concatenate(self.masks), pd.concat(self.tables, ignore_index=True)
 
-# %% ../nbs/13_evolution.ipynb #cell46
+# %% ../nbs/13_evolution.ipynb #cell50
 def evolve(
     evaluate:Callable,              # masks -> table; an `Evaluator`
     searches:list,                  # the runs
@@ -300,7 +300,7 @@ def evolve(
         if on_step: on_step(searches)
     return [search.history() for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell51
+# %% ../nbs/13_evolution.ipynb #cell55
 def run_names(
     evaluator:Evaluator,
     searches:list,
@@ -308,7 +308,7 @@ def run_names(
     "The names of runs."
     return [f"{evaluator.key[:16]}: {search.name}" for search in searches]
 
-# %% ../nbs/13_evolution.ipynb #cell52
+# %% ../nbs/13_evolution.ipynb #cell56
 def run_searches(
     evaluator:Evaluator,
     searches:list,
@@ -344,7 +344,7 @@ def run_searches(
             for name in names.values(): store.start(name, evaluator.key, settings)
         return evolve(evaluator, searches, on_step, note)
 
-# %% ../nbs/13_evolution.ipynb #cell62
+# %% ../nbs/13_evolution.ipynb #cell66
 def search_strategy(
     name:str,            # "paper" or "informed"
     problem:Problem,     # whose training images inform the search

@@ -68,7 +68,7 @@ def sort_order() -> list:   # names of all `objectives`
     measured = measured_objectives()
     return [name for name in objectives if name not in measured] + measured
 
-# %% ../nbs/08_pareto.ipynb #new
+# %% ../nbs/08_pareto.ipynb #cell17
 def chosen_objectives(
     text:str,   # two of `objectives` at least, separated by commas
 ) -> tuple:     # their names, in the order of `objectives`
@@ -83,7 +83,7 @@ def chosen_objectives(
                          "each once")
     return tuple(name for name in objectives if name in names)
 
-# %% ../nbs/08_pareto.ipynb #cell17
+# %% ../nbs/08_pareto.ipynb #cell20
 def minimised(
     table:pd.DataFrame,      # a row for each member, a column for each objective, in [0, 1]
     by:tuple|None = None,    # the objectives that count; None: all of `objectives`
@@ -101,7 +101,7 @@ def minimised(
     maximise = [objectives[name].maximise for name in names]
     return np.where(maximise, 1 - values, values)
 
-# %% ../nbs/08_pareto.ipynb #cell21
+# %% ../nbs/08_pareto.ipynb #cell24
 def reference_point(
     by:tuple|None = None,   # the objectives that count; None: all of `objectives`
 ) -> tuple:                 # a float for each of them, to be minimised
@@ -109,7 +109,7 @@ def reference_point(
     worst = {name: objectives[name].worst for name in by or objectives}
     return tuple(minimised(pd.DataFrame([worst]), by)[0].tolist())
 
-# %% ../nbs/08_pareto.ipynb #cell24
+# %% ../nbs/08_pareto.ipynb #cell27
 def dominates(
     a:np.ndarray,  # minimised objectives of one member, (n_objectives,)
     b:np.ndarray,  # minimised objectives of another
@@ -117,7 +117,7 @@ def dominates(
     "Whether member `a` dominates member `b`."
     return bool(np.all(np.less_equal(a, b)) and np.any(np.less(a, b)))
 
-# %% ../nbs/08_pareto.ipynb #cell28
+# %% ../nbs/08_pareto.ipynb #cell31
 def non_dominated(
     table:pd.DataFrame,     # a row for each member, with the columns in `objectives`
     by:tuple|None = None,   # the objectives that count; None: all of them
@@ -126,7 +126,7 @@ def non_dominated(
     if not len(table): return np.zeros(0, dtype=bool)
     return moocore.is_nondominated(minimised(table, by), keep_weakly=True)
 
-# %% ../nbs/08_pareto.ipynb #cell34
+# %% ../nbs/08_pareto.ipynb #cell37
 def _check_runs(masks, tables):
     "Stop unless every run has one mask for each row of its table, all of one length."
     if len(masks) != len(tables) or not len(masks):
@@ -139,7 +139,7 @@ def _check_runs(masks, tables):
                              "expected (n_members, n_neurons) with one mask for each row, "
                              "and as many neurons as run 0")
 
-# %% ../nbs/08_pareto.ipynb #cell35
+# %% ../nbs/08_pareto.ipynb #cell38
 def merge_fronts(
     masks:list,             # for each run, bool (n_members, n_neurons)
     tables:list,            # for each run, a table in the order of its masks
@@ -158,7 +158,7 @@ def merge_fronts(
         [*sort_order(), "run"], ascending=[*ascending, True], kind="stable")
     return masks[table.index], table.reset_index(drop=True)
 
-# %% ../nbs/08_pareto.ipynb #cell42
+# %% ../nbs/08_pareto.ipynb #cell45
 def _check_points(points, ref):
     "Stop unless the points are finite and have as many objectives as the reference point."
     if points.ndim != 2 or ref.shape != points.shape[1:]:
@@ -167,7 +167,7 @@ def _check_points(points, ref):
     if not np.isfinite(points).all():
         raise ValueError("the points hold NaN or infinite values; leave these points out")
 
-# %% ../nbs/08_pareto.ipynb #cell43
+# %% ../nbs/08_pareto.ipynb #cell46
 def hypervolume_of(
     minimised:np.ndarray,         # (n_points, n_objectives), to be minimised
     ref_point:tuple|None = None,  # worst corner of the box; `reference_point()` by default
@@ -178,7 +178,7 @@ def hypervolume_of(
     _check_points(points, ref)
     return float(moocore.hypervolume(points, ref=ref)) if len(points) else 0.0
 
-# %% ../nbs/08_pareto.ipynb #cell50
+# %% ../nbs/08_pareto.ipynb #cell53
 def hypervolume(
     table:pd.DataFrame,           # a row for each member, with the columns in `objectives`
     ref_point:tuple|None = None,  # worst accepted values, minimised; `reference_point()` by default
@@ -188,7 +188,7 @@ def hypervolume(
     ref_point = reference_point(by) if ref_point is None else ref_point
     return hypervolume_of(minimised(table, by)[non_dominated(table, by)], ref_point)
 
-# %% ../nbs/08_pareto.ipynb #cell54
+# %% ../nbs/08_pareto.ipynb #cell59
 def hypervolume_curve(
     table:pd.DataFrame,           # every evaluation of a run, in the order of the search
     ref_point:tuple|None = None,  # worst accepted values, minimised; `reference_point()` by default
@@ -204,7 +204,7 @@ def hypervolume_curve(
         volumes[i] = hypervolume_of(front, ref_point) if joins else volumes[i - 1]
     return np.maximum.accumulate(volumes)   # rounding could let it fall by 1e-17
 
-# %% ../nbs/08_pareto.ipynb #cell59
+# %% ../nbs/08_pareto.ipynb #cell65
 def attainment(
     tables:list,        # a front for each run
     goals:np.ndarray,   # minimised objectives of the goals, (n_goals, n_objectives)
@@ -214,7 +214,7 @@ def attainment(
     attains = [(minimised(table)[:, None] <= goals).all(axis=2).any(axis=0) for table in tables]
     return np.mean(attains, axis=0)
 
-# %% ../nbs/08_pareto.ipynb #cell68
+# %% ../nbs/08_pareto.ipynb #cell74
 def _bend(name, values):
     "Drawn value below which the asinh axis of an objective is linear; None for a linear axis."
     if objectives[name].of_mask is None: return None
@@ -222,19 +222,19 @@ def _bend(name, values):
     bend = drawn[drawn > 0].min() / 2
     return bend if drawn.max() > 40 * bend else None
 
-# %% ../nbs/08_pareto.ipynb #cell69
+# %% ../nbs/08_pareto.ipynb #cell75
 def _drawn(name, values, bend):
     "Values of an objective as they are drawn on its axis."
     drawn = objectives[name].scale * values
     return np.arcsinh(drawn / bend) if bend else drawn
 
-# %% ../nbs/08_pareto.ipynb #cell70
+# %% ../nbs/08_pareto.ipynb #cell76
 def _axis_label(name, score):
     "Label of an axis that shows an objective; with an AUROC stands the OoD score that it is of."
     label = objectives[name].axis
     return f"{label} ({score})" if score and name == "auroc" else label
 
-# %% ../nbs/08_pareto.ipynb #cell72
+# %% ../nbs/08_pareto.ipynb #cell78
 def _label_axis(axis, name, bend, score=""):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
     axis.set_label_text(_axis_label(name, score))
@@ -244,7 +244,7 @@ def _label_axis(axis, name, bend, score=""):
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
 
-# %% ../nbs/08_pareto.ipynb #cell76
+# %% ../nbs/08_pareto.ipynb #cell82
 def _draw_members(ax, members, star, ringed, colors, limits):
     "Members as points, some of them ringed, and the unpruned network as a star."
     x = members.to_numpy().T
@@ -256,7 +256,7 @@ def _draw_members(ax, members, star, ringed, colors, limits):
     ax.scatter(*star.to_numpy().T, marker="*", s=130, c="black", label=label)
     return points
 
-# %% ../nbs/08_pareto.ipynb #cell77
+# %% ../nbs/08_pareto.ipynb #cell83
 def _finish_space(ax, drawn):
     "Stems down to the floor, room for the labels, and the vertical axis on the outer side."
     for points in ax.collections: points.set_depthshade(False)
@@ -271,7 +271,7 @@ def _finish_space(ax, drawn):
         axis.labelpad = 0
         axis.set_major_locator(MaxNLocator(5))
 
-# %% ../nbs/08_pareto.ipynb #cell78
+# %% ../nbs/08_pareto.ipynb #cell84
 def _draw_staircase(ax, points):
     "The bound of what the points dominate; their first column is the horizontal axis."
     names = list(points)
@@ -279,7 +279,7 @@ def _draw_staircase(ax, points):
     x, y = points.sort_values(names).to_numpy().T
     ax.step(x, y, color="0.5", linewidth=1, zorder=0, where=where)
 
-# %% ../nbs/08_pareto.ipynb #cell79
+# %% ../nbs/08_pareto.ipynb #cell85
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
@@ -314,7 +314,7 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/08_pareto.ipynb #cell84
+# %% ../nbs/08_pareto.ipynb #cell92
 def _mark_initial(ax, curves, initial):
     "Mark the end of the initial population; its rise, due to its order alone, is mostly left out."
     label = "end of the initial population"
@@ -322,7 +322,7 @@ def _mark_initial(ax, curves, initial):
     lowest = curves[:, initial - 1].min()
     ax.set_ylim(bottom=max(0, lowest - 0.25 * (curves.max() - lowest) - 0.01))
 
-# %% ../nbs/08_pareto.ipynb #cell85
+# %% ../nbs/08_pareto.ipynb #cell93
 def plot_hypervolume(
     curves:np.ndarray,           # after each evaluation, (n_runs, n_evals) or (n_evals,)
     ax:plt.Axes|None = None,     # where to draw; a new figure by default
@@ -343,7 +343,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/08_pareto.ipynb #cell90
+# %% ../nbs/08_pareto.ipynb #cell98
 def attained(
     tables:list,                 # a front for each run
     fractions:np.ndarray,        # upper bounds on the active fraction, (n_fractions,)
@@ -358,7 +358,7 @@ def attained(
         best.append(values.max(axis=1) if found.maximise else values.min(axis=1))
     return np.array(best)
 
-# %% ../nbs/08_pareto.ipynb #cell94
+# %% ../nbs/08_pareto.ipynb #cell102
 def _draw_attained(ax, sizes, values, objective):
     "Band and median of what the runs attain, (n_runs, n_sizes), from the worst attained value on."
     ax.fill_between(sizes, values.min(axis=0), values.max(axis=0), step="post", alpha=0.2,
@@ -367,7 +367,7 @@ def _draw_attained(ax, sizes, values, objective):
     known = values[values != objective.scale * objective.worst]
     ax.set_ylim(*((known.min(), None) if objective.maximise else (None, known.max())))
 
-# %% ../nbs/08_pareto.ipynb #cell95
+# %% ../nbs/08_pareto.ipynb #cell103
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
@@ -388,7 +388,7 @@ def plot_attainment(
     axes[0].legend(loc="lower right")
     return axes
 
-# %% ../nbs/08_pareto.ipynb #cell100
+# %% ../nbs/08_pareto.ipynb #cell108
 def plot_differences(
     differences:pd.DataFrame,      # from the unpruned network, indexed by member and seed
     axes:np.ndarray|None = None,   # one for each measured objective; a new figure by default
