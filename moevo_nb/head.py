@@ -141,7 +141,7 @@ class PlainHead(nn.Module):
     def copy(self):
         "Weights, biases of the hidden layers and of the output, as they are now, as arrays."
         def array(tensor): return tensor.detach().cpu().numpy().copy()
-        *hidden, bias = [None if b is None else array(b) for b in (l.bias for l in self.layers)]
+        *hidden, bias = [None if b is None else array(b) for b in (layer.bias for layer in self.layers)]
         return dict(weights=[array(w.T) for w in self.weights()], hidden_biases=hidden, bias=bias)
 
 # %% ../nbs/06_head.ipynb #cell26
