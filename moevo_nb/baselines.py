@@ -6,7 +6,7 @@
 __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'random_scores', 'magnitude_scores', 'magnitude_masks',
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
            'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'find_baseline',
-           'measure_baselines', 'plot_baseline']
+           'cheap_baselines', 'measure_baselines', 'plot_baseline']
 
 # %% ../nbs/16_baselines.ipynb #cell3
 from collections.abc import Callable
@@ -328,7 +328,16 @@ def find_baseline(
     hint = did_you_mean(name, baselines)
     raise ValueError(f"unknown baseline {name!r}{hint}; known: {', '.join(baselines)}.")
 
-# %% ../nbs/16_baselines.ipynb #cell75
+# %% ../nbs/16_baselines.ipynb #cell76
+def cheap_baselines(
+    encoding:str = "features",   # a key of `encoding.encodings`
+) -> list:                       # keys of `baselines`
+    "The baselines that train one head at most before they rank what a mask switches."
+    of_neurons = "Taylor", "ANOVA F", "mutual information"
+    ranks_neurons = isinstance(find_encoding(encoding), NeuronEncoding)
+    return ["random", "largest weights", *(of_neurons if ranks_neurons else ())]
+
+# %% ../nbs/16_baselines.ipynb #cell78
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -337,7 +346,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #cell76
+# %% ../nbs/16_baselines.ipynb #cell79
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -360,7 +369,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #cell87
+# %% ../nbs/16_baselines.ipynb #cell90
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen

@@ -13,6 +13,7 @@ __all__ = ['parameters', 'experiment_figures', 'packages', 'Parameter', 'paramet
 import ast
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import time
@@ -158,15 +159,27 @@ def _check_memory(p):
                          "available: ask for smaller images or fewer processes.")
 
 # %% ../nbs/22_study.ipynb #cell19
-def _check_search(p):
-    "Error: the search, over the fewest neurons that the backbone may have, cannot fit into memory."
-    n_features = backbones.get(p.backbone, {}).get("n_features", 512)
-    check_search_size(
-        n_neurons=find_encoding(p.encoding).n_neurons(n_features, 2), n_evals=p.n_evals,
-        pop_size=p.pop_size, n_offsprings=p.n_offsprings, runs=p.runs,
-        informed=p.search == "informed")
+def _check_disk(n_evals, n_neurons):
+    "Error: the store of so many evaluations cannot fit onto the disk of the cache."
+    folder = cache_folder().absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    needed, free = n_evals * (1000 + n_neurons // 8), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{n_evals:,} evaluations take about {needed / 1e9:,.1f} GB of disk, and "
+                         f"{free / 1e9:,.1f} GB are free in {folder}: lower n_evals or runs, or "
+                         "set MOEVO_CACHE to another folder.")
 
 # %% ../nbs/22_study.ipynb #cell20
+def _check_search(p):
+    "Errors: the search, over the fewest neurons that the backbone may have, is too large."
+    n_features = backbones.get(p.backbone, {}).get("n_features", 512)
+    n_neurons = find_encoding(p.encoding).n_neurons(n_features, 2)
+    check_search_size(
+        n_neurons=n_neurons, n_evals=p.n_evals, pop_size=p.pop_size, runs=p.runs,
+        n_offsprings=p.n_offsprings, informed=p.search == "informed")
+    _check_disk(p.runs * p.n_evals, n_neurons)
+
+# %% ../nbs/22_study.ipynb #cell23
 def _check_availability(p):
     "Errors: a data set, weights, device, cluster or memory that is not there."
     n_folds(p.protocol, p.folds, p.split)
@@ -188,7 +201,7 @@ def _check_availability(p):
                          f"not {p.device!r}.")
     if p.scheduler: connect_dask(p.scheduler).close()
 
-# %% ../nbs/22_study.ipynb #cell21
+# %% ../nbs/22_study.ipynb #cell24
 def make_parameters(
     **given,             # parameters that are not to have their defaults
 ) -> SimpleNamespace:    # all parameters by name
@@ -201,7 +214,7 @@ def make_parameters(
     _check_availability(p)
     return p
 
-# %% ../nbs/22_study.ipynb #cell23
+# %% ../nbs/22_study.ipynb #cell26
 def _assigned_plainly(source):
     "The names that a cell assigns, if it does nothing but assign plain values."
     try: statements = ast.parse(source).body
@@ -215,7 +228,7 @@ def _assigned_plainly(source):
         names.append(target.id)
     return names
 
-# %% ../nbs/22_study.ipynb #cell24
+# %% ../nbs/22_study.ipynb #cell27
 def _last_assigned(inputs):
     "The names that the parameter cells run last assign."
     names = []
@@ -224,7 +237,7 @@ def _last_assigned(inputs):
         elif names: break
     return names
 
-# %% ../nbs/22_study.ipynb #cell26
+# %% ../nbs/22_study.ipynb #cell29
 def given_parameters(
     namespace:dict,       # a notebook's `globals()`
     known = parameters,   # names of its parameters
@@ -237,7 +250,7 @@ def given_parameters(
     return {name: value for name, value in plain.items()
             if name in known or not assigned or name in assigned}
 
-# %% ../nbs/22_study.ipynb #cell31
+# %% ../nbs/22_study.ipynb #cell34
 def collect_parameters(
     namespace:dict,     # a notebook's `globals()` right after its parameters
     names:str,          # of its parameters, separated by spaces
@@ -250,7 +263,7 @@ def collect_parameters(
     if unknown: raise ValueError("; ".join(hints) + f"; known: {', '.join(known)}.")
     return SimpleNamespace(**{name: given[name] for name in known})
 
-# %% ../nbs/22_study.ipynb #cell34
+# %% ../nbs/22_study.ipynb #cell37
 def course_settings(
     p:SimpleNamespace,   # the parameters
 ) -> dict:               # name -> value
@@ -259,7 +272,7 @@ def course_settings(
               "out_dir").split()
     return {name: value for name, value in vars(p).items() if name not in others}
 
-# %% ../nbs/22_study.ipynb #cell37
+# %% ../nbs/22_study.ipynb #cell40
 def package_commit(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> str|None:
@@ -275,7 +288,7 @@ def package_commit(
         return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/22_study.ipynb #cell39
+# %% ../nbs/22_study.ipynb #cell42
 def code_digests(
     folder:str|Path = Path(moevo_nb.__file__).parent,   # of the package
 ) -> dict:   # of its modules, and of the code of nbs/experiment.ipynb beside it, None without one
@@ -288,7 +301,7 @@ def code_digests(
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return dict(package=digest(modules), experiment=digest(code))
 
-# %% ../nbs/22_study.ipynb #cell42
+# %% ../nbs/22_study.ipynb #cell45
 def _data_set_id(dataset):
     "What identifies a data set in a result: its name, or a digest of its own folder's path."
     folder = locate(dataset) if dataset else None
@@ -296,7 +309,7 @@ def _data_set_id(dataset):
     folder = folder.resolve()
     return folder.name if folder.parent == data_folder().resolve() else digest(str(folder))[:16]
 
-# %% ../nbs/22_study.ipynb #cell43
+# %% ../nbs/22_study.ipynb #cell46
 def _holds_another(folder, dataset):
     "Whether a folder has a result of another data set, or of another study."
     path = folder / "result.json"
@@ -305,14 +318,14 @@ def _holds_another(folder, dataset):
     named = found.get("parameters", {}).get("dataset", "")   # as results said it before
     return found.get("dataset_id", named) != _data_set_id(dataset)
 
-# %% ../nbs/22_study.ipynb #cell44
+# %% ../nbs/22_study.ipynb #cell47
 def _default_folder(dataset):
     "runs/<dataset>, or with a digest added if that has the results of another data set."
     folder = Path("runs", Path(dataset).expanduser().resolve().name)
     if not _holds_another(folder, dataset): return folder
     return folder.with_name(f"{folder.name}-{_data_set_id(dataset)[:8]}")
 
-# %% ../nbs/22_study.ipynb #cell45
+# %% ../nbs/22_study.ipynb #cell48
 def results_folder(
     out_dir:str,         # "": runs/<dataset>
     dataset:str = "",    # name or path of the data set; "": a study of several
@@ -335,14 +348,14 @@ def results_folder(
     check_cache()
     return folder
 
-# %% ../nbs/22_study.ipynb #cell47
+# %% ../nbs/22_study.ipynb #cell50
 experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
-                      "neurons", "cams", "pointing", "ensembles", "calibration", "corruptions",
-                      "corruptions_auroc")
+                      "baselines", "neurons", "cams", "pointing", "ensembles", "calibration",
+                      "corruptions", "corruptions_auroc")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
             "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
 
-# %% ../nbs/22_study.ipynb #cell48
+# %% ../nbs/22_study.ipynb #cell51
 _holders = {}   # folder -> the run of this process that holds it
 
 class _HeldFolder:
@@ -365,7 +378,7 @@ class _HeldFolder:
         "Let go of the folder, and of whatever else was held until the end."
         self.held.close()
 
-# %% ../nbs/22_study.ipynb #cell52
+# %% ../nbs/22_study.ipynb #cell55
 class Run(_HeldFolder):
     "The folder of one run: figures, tables, timings and, at its end, `result.json`."
     def __init__(
@@ -453,7 +466,7 @@ class Run(_HeldFolder):
         with self.writing("result.json") as path: write_text(path, text)
         self.release()
 
-# %% ../nbs/22_study.ipynb #cell53
+# %% ../nbs/22_study.ipynb #cell56
 def as_json(
     value,   # a table, or what JSON can write
 ):           # of a table: row -> column (or its levels, nested) -> value, or a list of rows
@@ -469,7 +482,7 @@ def as_json(
     if isinstance(value, list): return [as_json(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
-# %% ../nbs/22_study.ipynb #cell66
+# %% ../nbs/22_study.ipynb #cell69
 class Progress:
     "One line that says how far a long computation is, renewed every two seconds at most."
     def __init__(
@@ -497,7 +510,7 @@ class Progress:
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
-# %% ../nbs/22_study.ipynb #cell69
+# %% ../nbs/22_study.ipynb #cell72
 class SearchProgress(Progress):
     "The line of a search: evaluations, and the hypervolume so far."
     def __init__(
@@ -525,7 +538,7 @@ class SearchProgress(Progress):
         def volume(): return f", hypervolume {hypervolume(pd.concat(self.tables), by=self.by):.4f}"
         self(done, more=volume if self.tables else lambda: "")
 
-# %% ../nbs/22_study.ipynb #cell72
+# %% ../nbs/22_study.ipynb #cell75
 def most_seconds(
     heads:list,      # unpruned, trained, one a fold
     training:dict,   # a row of `head.presets`
@@ -536,7 +549,7 @@ def most_seconds(
     epoch = sum(head.seconds / len(head.losses) for head in heads)
     return n_masks * training["epochs"] * epoch / n_jobs
 
-# %% ../nbs/22_study.ipynb #cell75
+# %% ../nbs/22_study.ipynb #cell78
 @dataclass(frozen=True)
 class StudyImages:
     "The images of a study, and how they are split."
@@ -586,7 +599,7 @@ class StudyImages:
             ood_skipped=sum(images.skipped for images in self.ood_sets), notes=self.notes())
         return dict(ood=ood, near_sets=list(self.near_sets), images=images)
 
-# %% ../nbs/22_study.ipynb #cell76
+# %% ../nbs/22_study.ipynb #cell79
 def load_images(
     p:SimpleNamespace,   # the parameters
 ) -> StudyImages:
@@ -603,7 +616,7 @@ def load_images(
     else: others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     return StudyImages(images, others, p.image_size or images.image_size, *splits)
 
-# %% ../nbs/22_study.ipynb #cell83
+# %% ../nbs/22_study.ipynb #cell86
 def load_features(
     p:SimpleNamespace,
     study:StudyImages,
@@ -620,7 +633,7 @@ def load_features(
         passed += len(images)
     return found
 
-# %% ../nbs/22_study.ipynb #cell84
+# %% ../nbs/22_study.ipynb #cell87
 @dataclass(frozen=True)
 class StudyProblems:
     "What a search is told, what chooses its front, and what the front is reported on."
@@ -628,7 +641,7 @@ class StudyProblems:
     selection:Problem
     report:Problem
 
-# %% ../nbs/22_study.ipynb #cell85
+# %% ../nbs/22_study.ipynb #cell88
 def load_problems(
     p:SimpleNamespace,               # the parameters
     study:StudyImages|None = None,   # its images, if they are loaded already
@@ -653,7 +666,7 @@ def load_problems(
         selection=problem(study.search_splits, presets[p.report_preset]),
         report=problem(study.report_splits, presets[p.report_preset]))
 
-# %% ../nbs/22_study.ipynb #cell89
+# %% ../nbs/22_study.ipynb #cell92
 def corrupted_problem(
     problem:Problem,   # as it is reported
     evaluated:list,    # indices of the evaluation images, sorted, each once
@@ -670,7 +683,7 @@ def corrupted_problem(
     everything = np.concatenate([problem.features, *features.values()])
     return replace(problem, features=everything, labels=labels, folds=folds)
 
-# %% ../nbs/22_study.ipynb #cell91
+# %% ../nbs/22_study.ipynb #cell94
 def load_corrupted(
     p:SimpleNamespace,       # the parameters
     study:StudyImages,
@@ -686,7 +699,7 @@ def load_corrupted(
         weights=p.weights, size=study.image_size, device=p.device, n_jobs=n_jobs)
     return corrupted_problem(problem, evaluated, features), [*features]
 
-# %% ../nbs/22_study.ipynb #cell93
+# %% ../nbs/22_study.ipynb #cell96
 def measure_corrupted(
     problem:Problem,   # as from `corrupted_problem`
     keys:list,         # (kind, severity) of each corruption
@@ -709,7 +722,7 @@ def measure_corrupted(
         auroc.append(auroc_by_kind(scores, outputs["ood_scores"][k][:n], keys, [*models]))
     return sum(accuracy) / len(accuracy), sum(auroc) / len(auroc)
 
-# %% ../nbs/22_study.ipynb #cell97
+# %% ../nbs/22_study.ipynb #cell100
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -724,7 +737,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell100
+# %% ../nbs/22_study.ipynb #cell103
 @dataclass(frozen=True)
 class FinishedRun:
     "What a run has left behind."
@@ -744,7 +757,7 @@ class FinishedRun:
         raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), known) or '.'} "
                          f"Give one of {', '.join(known)}, or a number from 0 to {len(numbers) - 1}.")
 
-# %% ../nbs/22_study.ipynb #cell101
+# %% ../nbs/22_study.ipynb #cell104
 def read_run(
     folder:str|Path,   # of an experiment
 ) -> FinishedRun:
@@ -764,7 +777,7 @@ def read_run(
     front = pd.read_csv(folder / "front.csv", dtype={"mask": str})
     return FinishedRun(folder, result, front, load_heads(heads))
 
-# %% ../nbs/22_study.ipynb #cell102
+# %% ../nbs/22_study.ipynb #cell105
 def source_digests(
     p:SimpleNamespace,   # the parameters
     study:StudyImages,
@@ -773,7 +786,7 @@ def source_digests(
     ood = {f"OoD images {images.name}": images.manifest for images in study.ood_sets}
     return {"images": study.images.manifest, "weights": weights_hash(p.backbone, p.weights)} | ood
 
-# %% ../nbs/22_study.ipynb #cell103
+# %% ../nbs/22_study.ipynb #cell106
 def check_sources(
     run:FinishedRun,
     found:dict,        # as from `source_digests`
@@ -785,7 +798,7 @@ def check_sources(
         raise ValueError(f"{', '.join(changed)}: not what the run in {str(run.folder)!r} has seen. "
                          "Restore what was there, or run the experiment again.")
 
-# %% ../nbs/22_study.ipynb #cell108
+# %% ../nbs/22_study.ipynb #cell111
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -796,7 +809,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell109
+# %% ../nbs/22_study.ipynb #cell112
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -812,7 +825,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell112
+# %% ../nbs/22_study.ipynb #cell115
 def published_fronts(
     folder:str|Path = "paper_runs",   # where published_fronts.csv is
 ) -> dict:                            # data set -> a table with the objectives as columns
