@@ -489,11 +489,11 @@ def test_real_ood_sets_that_hold_too_few_give_all_they_have(home, tmp_path):
 
 def test_held_out_classes_take_no_part(home, tmp_path):
     fill(tmp_path / "own", "abcde", 10)
-    fill(tmp_path / "far", "xy", 10, first=5000)
+    fill(tmp_path / "others", "xy", 10, first=5000)
     own = str(tmp_path / "own")
-    study = ood_study(own, ood=f"class:b,classes:1,{tmp_path / 'far'}", n_ood=9, protocol="holdout")
+    study = ood_study(own, ood=f"class:b,classes:1,{tmp_path / 'others'}", n_ood=9, protocol="holdout")
     names = [images.name for images in study.ood_sets]
-    assert names[0] == "class:b" and names[1] in {f"class:{c}" for c in "acde"} and names[2] == "far"
+    assert names[0] == "class:b" and names[1] in {f"class:{c}" for c in "acde"} and names[2] == "others"
     assert study.images.classes == tuple(c for c in "abcde" if f"class:{c}" not in names)
     assert sorted(np.unique(study.images.labels)) == [0, 1, 2] and len(study.images) == 30
     assert set(study.images.contents).isdisjoint(study.ood_sets[0].contents + study.ood_sets[1].contents)
