@@ -37,8 +37,9 @@ from .system import explained, figure_text, one_thread, sealed, write_text
 
 # %% ../nbs/20_deploy.ipynb #cell6
 def _head_parts(head):
-    "Yields names and values of what a head consists of; a hidden layer may have no bias."
+    "Yields names and values of what a head consists of, but for the time that it took."
     parts = {field.name: getattr(head, field.name) for field in fields(Head)}
+    del parts["seconds"]   # so that equal heads give equal files
     for k, weights in enumerate(parts.pop("weights")): yield f"weights.{k}", weights
     for k, bias in enumerate(parts.pop("hidden_biases") or []):
         if bias is not None: yield f"hidden_bias.{k}", bias
@@ -64,7 +65,7 @@ def _read_head(parts):
     biases = [parts.get(f"hidden_bias.{k}") for k in range(n_layers - 1)]
     if all(bias is None for bias in biases): biases = None
     return Head(parts["inputs"], weights, parts["bias"], parts["losses"],
-                int(parts["best_epoch"]), float(parts["seconds"]), biases)
+                int(parts["best_epoch"]), 0.0, biases)
 
 # %% ../nbs/20_deploy.ipynb #cell9
 def load_heads(
