@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=["moevo_nb"],
-    package_data={"moevo_nb": ["*.mplstyle"]},
+    package_data={"moevo_nb": ["*.csv", "*.mplstyle"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "cluster")},

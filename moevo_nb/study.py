@@ -826,10 +826,8 @@ def read_results(
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_study.ipynb #cell115
-def published_fronts(
-    folder:str|Path = "paper_runs",   # where published_fronts.csv is
-) -> dict:                            # data set -> a table with the objectives as columns
+def published_fronts() -> dict:   # data set -> a table with the objectives as columns
     "The fronts that the paper's authors published."
-    table = pd.read_csv(Path(folder, "published_fronts.csv"), comment="#")
+    file = Path(moevo_nb.__file__).with_name("published_fronts.csv")
     return {name.lower(): front[[*objectives]].reset_index(drop=True)
-            for name, front in table.groupby("dataset")}
+            for name, front in pd.read_csv(file, comment="#").groupby("dataset")}
