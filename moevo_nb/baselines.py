@@ -6,7 +6,7 @@
 __all__ = ['baselines', 'TrainingFold', 'training_folds', 'largest_masks', 'random_scores', 'magnitude_scores', 'magnitude_masks',
            'taylor_scores', 'elimination_scores', 'anova_scores', 'information_scores', 'lasso_scores',
            'lassonet_scores', 'post_hoc_heads', 'polynomial_fraction', 'gradual_heads', 'Baseline', 'find_baseline',
-           'cheap_baselines', 'measure_baselines', 'plot_baseline']
+           'cheap_baselines', 'ranked_start', 'measure_baselines', 'plot_baseline']
 
 # %% ../nbs/16_baselines.ipynb #cell3
 from collections.abc import Callable
@@ -337,7 +337,18 @@ def cheap_baselines(
     ranks_neurons = isinstance(find_encoding(encoding), NeuronEncoding)
     return ["random", "largest weights", *(of_neurons if ranks_neurons else ())]
 
-# %% ../nbs/16_baselines.ipynb #cell78
+# %% ../nbs/16_baselines.ipynb #cell79
+def ranked_start(
+    problem:Problem,   # whose training images rank
+) -> np.ndarray:       # bool (n_masks, n_neurons), the first one full
+    "The unpruned network, and masks of the largest weights in its head: 75, 35, 10 and 2 % active."
+    scores = [magnitude_scores(fold) for fold in training_folds(problem)]
+    if len(scores) > 1:
+        raise ValueError(f"the problem has {len(scores)} folds, and an image that judges a mask in "
+                         "one of them would rank its neurons in another.")
+    return largest_masks(scores, [1, 0.75, 0.35, 0.1, 0.02])[:, 0]
+
+# %% ../nbs/16_baselines.ipynb #cell81
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -346,7 +357,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #cell79
+# %% ../nbs/16_baselines.ipynb #cell82
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -369,7 +380,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #cell90
+# %% ../nbs/16_baselines.ipynb #cell93
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen
