@@ -348,7 +348,7 @@ def ranked_start(
                          "one of them would rank its neurons in another.")
     return largest_masks(scores, [1, 0.75, 0.35, 0.1, 0.02])[:, 0]
 
-# %% ../nbs/16_baselines.ipynb #cell81
+# %% ../nbs/16_baselines.ipynb #cell82
 def _prune(name, fold, fractions):
     "Masks and heads of one fold, or masks and None where heads are to be trained again."
     baseline = baselines[name]
@@ -357,7 +357,7 @@ def _prune(name, fold, fractions):
         masks, heads = zip(*baseline.heads(fold, fractions))
         return masks, heads
 
-# %% ../nbs/16_baselines.ipynb #cell82
+# %% ../nbs/16_baselines.ipynb #cell83
 def measure_baselines(
     names:list,        # keys of `baselines`
     problem:Problem,
@@ -380,7 +380,7 @@ def measure_baselines(
         tables[name] = table[list(objectives)].set_axis(fractions)
     return pd.concat(tables, names=["baseline", "fraction"])
 
-# %% ../nbs/16_baselines.ipynb #cell93
+# %% ../nbs/16_baselines.ipynb #cell94
 def plot_baseline(
     front:pd.DataFrame,      # members, with the objectives as columns
     baseline:pd.DataFrame,   # the same of masks that no search has chosen

@@ -256,7 +256,7 @@ def corrupted_features(
 
 # %% ../nbs/17_corruption.ipynb #cell58
 def by_kind(
-    values:np.ndarray,   # of each model: on clean images, then under each key, (n_models, n_keys + 1)
+    values:np.ndarray,   # of each model, clean, then under each key, (n_models, n_keys + 1)
     keys:list,           # (kind, severity) of each corruption
     models:list,         # their names
 ) -> pd.DataFrame:       # a row a model: clean, each kind, mean

@@ -54,7 +54,8 @@ def save_heads(
     arrays = {}
     for name, of_folds in heads.items():
         for fold, head in enumerate(of_folds):
-            for part, value in _head_parts(head): arrays[f"{name}/{fold}/{part}"] = np.asarray(value)
+            for part, value in _head_parts(head):
+                arrays[f"{name}/{fold}/{part}"] = np.asarray(value)
     write_arrays(file, arrays)
 
 # %% ../nbs/20_deploy.ipynb #cell8
@@ -104,7 +105,7 @@ def _constants(graph):
 
 # %% ../nbs/20_deploy.ipynb #cell17
 def _steps_by_channel(graph, constants):
-    "Names of what is computed channel by channel up to the features, and of the convolutions there."
+    "Names of what is computed channel by channel up to the features, and of convolutions there."
     readers = {}
     for node in graph.node:
         for name in node.input: readers.setdefault(name, []).append(node.output[0])
@@ -377,8 +378,8 @@ def check_agreement(
     clear = ordered[:, -1] - ordered[:, -2] > 1e-3
     differing = int((found.argmax(axis=1) != expected.argmax(axis=1))[clear].sum())
     if difference > 1e-4 or differing:
-        raise RuntimeError(f"the model disagrees with torch: by {difference:.1e} in probability, and "
-                           f"in the class of {differing} images. It is not written; "
+        raise RuntimeError(f"the model disagrees with torch: by {difference:.1e} in probability, "
+                           f"and in the class of {differing} images. It is not written; "
                            "please report this.")
     return difference
 
@@ -438,8 +439,8 @@ def _largest_rounding(model, run):
     spread = np.ptp(np.concatenate([answers.scores for answers in run]))
     found = max(float(abs(m.scores - r.scores).max()) for m, r in zip(model, run))
     if found > 1e-4 * spread:
-        raise RuntimeError(f"the OoD scores of the model differ from those of the run by {found:.1e}, "
-                           f"where scores spread over {spread:.1e}. The model is not written; "
+        raise RuntimeError(f"the OoD scores of the model differ from those of the run by "
+                           f"{found:.1e}, where scores spread over {spread:.1e}. The model is not written; "
                            "please report this.")
     return found
 
@@ -538,7 +539,8 @@ def write_model(
         with explained(folder, "written"):
             partial.mkdir(parents=True)
             (partial / "model.onnx").write_bytes(graph)
-            save_heads(partial / "model.safetensors", {name: [head] for name, head in heads.items()})
+            of_one_fold = {name: [head] for name, head in heads.items()}
+            save_heads(partial / "model.safetensors", of_one_fold)
             write_text(partial / "README.md", model_card(about))
             description = sealed(about, partial, *_model_files)
             text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
@@ -564,7 +566,8 @@ def model_card(
     classes = ", ".join(about["classes"])
     lines = [
         f"# {about['name']}", "",
-        f"An image classifier of {len(about['classes'])} classes ({classes}): {about['summary']}", "",
+        f"An image classifier of {len(about['classes'])} classes ({classes}): {about['summary']}",
+        "",
         "| | value | 95 % interval | images |", "|---|---|---|---|",
         *_metric_rows(about["metrics"]), "", *about["notes"], "",
         "## Use", "", "```python", "from moevo_nb.predict import Classifier",

@@ -116,7 +116,8 @@ class PymooAlgorithm:
         config:SearchConfig,
     ):
         self.config, variation, n = config, config.variation, config.n_offsprings
-        self.evaluated = None if config.surrogate is None else Evaluated(config.surrogate, config.by)
+        self.evaluated = None
+        if config.surrogate is not None: self.evaluated = Evaluated(config.surrogate, config.by)
         candidates = n if self.evaluated is None else n_candidates(n, variation.n_neurons)
         self.algorithm = make(
             pop_size=config.pop_size, n_offsprings=candidates, sampling=config.first_masks(),

@@ -53,7 +53,7 @@ class Head:
     losses:np.ndarray   # of each epoch: mean cross-entropy of its batches, each before its update
     best_epoch:int      # the epoch that these weights are taken from, counted from 0
     seconds:float       # that the training took
-    hidden_biases:list|None = None   # of each hidden layer, (n_units,) or None; None: there are none
+    hidden_biases:list|None = None   # of each hidden layer, (n_units,) or None; None: none at all
 
     def features(self, features):
         "The features that the mask leaves: float32 (n_images, n_features) -> (n_images, n_active)."
@@ -141,7 +141,8 @@ class PlainHead(nn.Module):
     def copy(self):
         "Weights, biases of the hidden layers and of the output, as they are now, as arrays."
         def array(tensor): return tensor.detach().cpu().numpy().copy()
-        *hidden, bias = [None if b is None else array(b) for b in (layer.bias for layer in self.layers)]
+        biases = [layer.bias for layer in self.layers]
+        *hidden, bias = [None if b is None else array(b) for b in biases]
         return dict(weights=[array(w.T) for w in self.weights()], hidden_biases=hidden, bias=bias)
 
 # %% ../nbs/06_head.ipynb #cell26

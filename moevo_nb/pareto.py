@@ -150,7 +150,7 @@ def merge_fronts(
     masks:list,             # for each run, bool (n_members, n_neurons)
     tables:list,            # for each run, a table in the order of its masks
     by:tuple|None = None,   # the objectives that count; None: all of `objectives`
-) -> tuple:                 # masks (n_front, n_neurons) bool; their table, with the new first column `run`
+) -> tuple:                 # bool (n_front, n_neurons); their table, with a first column `run`
     "Non-dominated members of the union of runs, sorted by `sort_order`, the best first."
     _check_runs(masks, tables)
     runs = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
@@ -376,7 +376,7 @@ page.on("plotly_selected", event => {
 """
 
 def _linking_script(places):
-    "JavaScript that rings, in all panels, the member that the mouse is on, and marks what is chosen."
+    "JavaScript that rings, in all panels, the member under the mouse, and marks what is chosen."
     panels = range(len(places))
     values = dict(RINGS=[2 * k + 1 for k in panels], MEMBERS=[2 * k for k in panels], PLACES=places)
     script = _linking
@@ -393,7 +393,7 @@ def _page_points(table, named, stars):
     scale = dict(colorscale="Viridis", cmin=min(colors), cmax=max(colors), showscale=True,
                  colorbar=dict(title=objectives[sort_order()[-1]].axis))
     return dict(symbol=symbols, size=sizes, color=colors + ["black"] * stars, **scale,
-                line=dict(color="black", width=[1.2 if mark else 0.3 for mark in marked] + [0] * stars))
+                line=dict(color="black", width=[1.2 if m else 0.3 for m in marked] + [0] * stars))
 
 # %% ../nbs/08_pareto.ipynb #cell99
 def _page_texts(table, named, unpruned, neurons):

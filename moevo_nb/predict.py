@@ -21,11 +21,12 @@ from .system import (
 def _parsed(path):
     "What a JSON file holds. Error: it is not there, cannot be read, or is no JSON."
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: give the folder that deploy.ipynb has written, "
-                                "such as runs/flowers/model.")
+        raise FileNotFoundError(f"there is no {path}: give the folder that deploy.ipynb has "
+                                "written, such as runs/flowers/model.")
     try:
         with explained(path, "read"): return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError: raise ValueError(f"{path} is damaged, it holds no JSON: deploy again.") from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged, it holds no JSON: deploy again.") from None
 
 # %% ../nbs/21_predict.ipynb #cell7
 def read_description(

@@ -96,7 +96,7 @@ def gen(
 @dataclass(frozen=True)
 class Detector:
     "How images are scored; a fitted detector also sees the training images."
-    score:Callable             # values -> scores; fitted: (training values, labels) -> such a function
+    score:Callable             # values -> scores; fitted: (training values, labels) -> such
     uses:str = "logits"        # a method of the head: logits, hidden (activations) or features
     fitted:bool = False        # whether it sees training images
     output_layer:bool = False  # whether it is fitted with the head's output weights and bias, too
@@ -165,7 +165,7 @@ def _whitening(
     centred:np.ndarray,   # (n_images, n_features), mean 0
 ) -> Callable:            # values -> values whose squared length is the Mahalanobis distance
     "The transform that gives values the identity as their Ledoit-Wolf covariance."
-    if not centred.any(): return lambda values: np.zeros((len(values), 1))   # no variance, no metric
+    if not centred.any(): return lambda values: np.zeros((len(values), 1))   # no variance
     covariance, _ = ledoit_wolf(centred, assume_centered=True)
     factor = cholesky(covariance, lower=True)
     return lambda values: solve_triangular(factor, values.T, lower=True).T

@@ -85,7 +85,8 @@ parameters = {
         0, "pixels; 0: the data set's own", lambda v: v == 0 or v >= 32, "0 or at least 32"),
     "encoding": _one_of(
         "features", "features, units, two_layers_first/second/both or connections", *encodings),
-    "detector": _one_of("odin", "OoD score, a name in 07_robustness: odin, knn, vim, …", *detectors),
+    "detector": _one_of(
+        "odin", "OoD score, a name in 07_robustness: odin, knn, vim, …", *detectors),
     "corruptions": Parameter("none", "none, all, or kinds in 17_corruption, by commas"),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
@@ -98,7 +99,7 @@ parameters = {
     "objectives": Parameter(
         "accuracy,active_fraction,auroc", "that the search and its front count: two or three"),
     "algorithm": _one_of(
-        "nsga2", "nsga2, spea2, smsemoa, agemoea2, random, sparseea or evoprunedeeptl", *algorithms),
+        "nsga2", "a name in 13_evolution: nsga2, sparseea, random, …", *algorithms),
     "pop_size": _at_least(30, "masks in the population", 2),
     "n_offsprings": _at_least(2, "masks a step, after the first population", 1),
     "n_evals": _at_least(200, "masks evaluated by each run, repeated ones included", 1),
@@ -353,7 +354,7 @@ experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "s
                       "baselines", "neurons", "cams", "pointing", "ensembles", "calibration",
                       "corruptions", "corruptions_auroc")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
-            "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # whose versions a result names
+            "scikit-learn", "pandas", "pillow", "onnx", "onnxruntime")   # named in a result
 
 # %% ../nbs/22_study.ipynb #cell51
 _holders = {}   # folder -> the run of this process that holds it
@@ -755,7 +756,8 @@ class FinishedRun:
         if name in notable: return [str(notable[name]) if notable[name] >= 0 else "unpruned"]
         known = [*notable, "ensemble"]
         raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), known) or '.'} "
-                         f"Give one of {', '.join(known)}, or a number from 0 to {len(numbers) - 1}.")
+                         f"Give one of {', '.join(known)}, or a number from 0 to "
+                         f"{len(numbers) - 1}.")
 
 # %% ../nbs/22_study.ipynb #cell104
 def read_run(
@@ -766,8 +768,9 @@ def read_run(
     path, heads = folder / "result.json", folder / "heads.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} has no result.json, so there is no finished run in it: give the folder "
-            "of one, such as runs/flowers, or run the experiment again, which goes on where it stopped.")
+            f"{str(folder)!r} has no result.json, so there is no finished run in it: give the "
+            "folder of one, such as runs/flowers, or run the experiment again, which goes on where it "
+            "stopped.")
     result = json.loads(path.read_text(encoding="utf-8"))
     expected = result.get("digests", {}).get("heads")
     if not expected or not heads.is_file() or file_digest(heads) != expected:
@@ -802,7 +805,7 @@ def check_sources(
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
-    names = "dataset", "backbone", "encoding", "protocol", "search", "preset", "report_preset", "runs"
+    names = "dataset backbone encoding protocol search preset report_preset runs".split()
     given = dict(report_preset="paper") | given   # the only one until it became a parameter
     weights = Path(given["weights"]).name or "pretrained"
     folds = len(result["images"]["evaluation"])
