@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_interval', 'holm', 'compare_methods', 'plot_intervals', 'friedman', 'spearman_interval', 'mcnemar',
-           'accuracy_interval', 'auroc_interval', 'with_intervals', 'stability']
+           'paired_interval', 'paired_auroc_interval', 'accuracy_interval', 'auroc_interval', 'with_intervals',
+           'stability']
 
 # %% ../nbs/18_statistics.ipynb #cell3
 import matplotlib.pyplot as plt
@@ -153,6 +154,50 @@ def mcnemar(
     return dict(only_first=only_first, only_second=only_second, p=p)
 
 # %% ../nbs/18_statistics.ipynb #cell51
+def paired_interval(
+    first:np.ndarray,           # bool (n_images,): which images one classifier gets right
+    second:np.ndarray,          # the same of another classifier
+    confidence:float = 0.95,    # probability that such an interval covers the true difference
+) -> tuple:                     # its ends, in [-1, 1]
+    "The difference of two accuracies on the same images, first minus second."
+    counts = mcnemar(first, second)
+    n = len(first) + 2
+    rates = np.array([counts["only_first"] + 1, counts["only_second"] + 1]) / n
+    difference = rates[0] - rates[1]
+    error = np.sqrt((rates.sum() - difference**2) / n)
+    half = stats.norm.ppf((1 + confidence) / 2) * error
+    return float(max(-1, difference - half)), float(min(1, difference + half))
+
+# %% ../nbs/18_statistics.ipynb #cell55
+def _placements(id_scores, ood_scores):
+    "How many images of the other kind each image is on the right side of, as fractions."
+    n_id, n_ood = len(id_scores), len(ood_scores)
+    ranks = stats.rankdata(np.concatenate([id_scores, ood_scores]))
+    id_placed = (ranks[:n_id] - stats.rankdata(id_scores)) / n_ood
+    ood_placed = 1 - (ranks[n_id:] - stats.rankdata(ood_scores)) / n_id
+    return id_placed, ood_placed
+
+# %% ../nbs/18_statistics.ipynb #cell56
+def paired_auroc_interval(
+    first:list,                # of each fold: scores of its in-distribution and of its OoD images
+    second:list,               # the same of another classifier
+    confidence:float = 0.95,   # probability that such an interval covers the true difference
+) -> tuple:                    # its ends
+    "The difference of two AUROCs on the same images, first minus second; means over folds."
+    differences, variances = [], []
+    for mine, theirs in zip(first, second, strict=True):
+        if [len(scores) for scores in mine] != [len(scores) for scores in theirs]:
+            raise ValueError("the classifiers score other numbers of images; expected the same "
+                             "images")
+        pairs = zip(_placements(*mine), _placements(*theirs))
+        placed = [own - other for own, other in pairs]
+        differences.append(placed[0].mean())
+        variances.append(sum(d.var(ddof=1) / len(d) for d in placed if len(d) > 1))
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(sum(variances)) / len(variances)
+    difference = np.mean(differences)
+    return float(difference - half), float(difference + half)
+
+# %% ../nbs/18_statistics.ipynb #cell62
 def accuracy_interval(
     accuracy:float,              # in [0, 1]
     n_images:int,
@@ -168,14 +213,14 @@ def accuracy_interval(
     half = half * z / (1 + z**2 / n_images)
     return float(max(0, middle - half)), float(min(1, middle + half))
 
-# %% ../nbs/18_statistics.ipynb #cell55
+# %% ../nbs/18_statistics.ipynb #cell66
 def _auroc_deviation(theta, n_id, n_ood):
     "Standard deviation of a measured AUROC whose true value is theta."
     shared = (n_id + n_ood) / 2 - 1
     within = 1 + shared * ((1 - theta) / (2 - theta) + theta / (1 + theta))
     return np.sqrt(theta * (1 - theta) * within / (n_id * n_ood))
 
-# %% ../nbs/18_statistics.ipynb #cell56
+# %% ../nbs/18_statistics.ipynb #cell67
 def auroc_interval(
     auroc:float,                 # in [0, 1]
     n_id:int,                    # in-distribution images
@@ -193,7 +238,7 @@ def auroc_interval(
     high = optimize.brentq(beyond, auroc + step, 1) if auroc < 1 - step else 1.0
     return float(low), float(high)
 
-# %% ../nbs/18_statistics.ipynb #cell59
+# %% ../nbs/18_statistics.ipynb #cell70
 def with_intervals(
     table:pd.DataFrame,   # a row for each classifier, with the columns accuracy and auroc
     n_images:int,         # that accuracy was measured on, in all folds
@@ -206,7 +251,7 @@ def with_intervals(
     for name, pairs in ends.items(): found[[f"{name}_low", f"{name}_high"]] = pairs
     return found
 
-# %% ../nbs/18_statistics.ipynb #cell62
+# %% ../nbs/18_statistics.ipynb #cell73
 def stability(
     masks:np.ndarray,   # bool (n_masks, n_neurons)
 ) -> float:             # at most 1; 0: as random masks
