@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['windows', 'tpr_levels', 'window_members', 'class_probabilities', 'mean_probability', 'mean_vote', 'majority_vote',
-           'member_accuracy', 'window_table', 'accuracy_windows', 'tpr_thresholds', 'vote_curve', 'curve_auroc',
-           'member_auroc', 'auroc_windows', 'plot_windows']
+           'member_accuracy', 'window_table', 'accuracy_windows', 'greedy_members', 'tpr_thresholds', 'vote_curve',
+           'curve_auroc', 'member_auroc', 'auroc_windows', 'plot_windows']
 
 # %% ../nbs/15_ensemble.ipynb #cell3
 from functools import partial
@@ -168,6 +168,26 @@ def accuracy_windows(
                         mean=partial(ensemble_accuracy, mean_vote))
 
 # %% ../nbs/15_ensemble.ipynb #cell72
+def greedy_members(
+    logits:np.ndarray|list,   # (n_members, n_images, n_classes), or a list with one array per fold
+    labels:np.ndarray|list,   # (n_images,), or a list with one array per fold
+    most:int = 7,             # members to choose
+) -> list:                    # their positions, in the order in which they were added
+    "The members whose mean probability has the lowest cross-entropy, chosen one after the other."
+    folds = _labelled_folds(logits, labels)
+    of_truth = np.concatenate([class_probabilities(z)[:, np.arange(len(y)), y] for z, y in folds], 1)
+    chosen, together, reached = [], np.zeros(of_truth.shape[1]), np.inf
+    while len(chosen) < min(most, len(of_truth)):
+        means = (together + of_truth) / (len(chosen) + 1)
+        losses = -np.log(np.maximum(means, 1e-12)).mean(axis=1)
+        losses[chosen] = np.inf
+        best = int(losses.round(12).argmin())
+        if losses[best] >= reached: break
+        chosen.append(best)
+        together, reached = together + of_truth[best], losses[best]
+    return chosen
+
+# %% ../nbs/15_ensemble.ipynb #cell76
 def _checked_scores(id_scores, ood_scores):
     "Scores as arrays `(n_members, n_images)` of the same members, none empty, all finite."
     id_scores, ood_scores = np.asarray(id_scores), np.asarray(ood_scores)
@@ -180,7 +200,7 @@ def _checked_scores(id_scores, ood_scores):
                          "leave out the members whose training diverged")
     return id_scores, ood_scores
 
-# %% ../nbs/15_ensemble.ipynb #cell73
+# %% ../nbs/15_ensemble.ipynb #cell77
 tpr_levels = np.arange(1, 101) / 100   # 1 %, 2 %, ..., 100 %
 
 def tpr_thresholds(
@@ -197,7 +217,7 @@ def tpr_thresholds(
     n_kept = np.ceil(np.round(tprs * n_id, 9)).astype(int)   # 0.07 * 100 is slightly above 7
     return np.sort(id_scores, axis=1)[:, n_id - np.maximum(n_kept, 1)].T
 
-# %% ../nbs/15_ensemble.ipynb #cell77
+# %% ../nbs/15_ensemble.ipynb #cell81
 def vote_curve(
     id_scores:np.ndarray,           # (n_members, n_id), higher is more in-distribution
     ood_scores:np.ndarray,          # (n_members, n_ood)
@@ -213,7 +233,7 @@ def vote_curve(
 
     return called_in(ood_scores), called_in(id_scores)
 
-# %% ../nbs/15_ensemble.ipynb #cell84
+# %% ../nbs/15_ensemble.ipynb #cell88
 def curve_auroc(
     fpr:np.ndarray,   # false positive rates, (n_levels,)
     tpr:np.ndarray,   # true positive rates, (n_levels,)
@@ -229,12 +249,12 @@ def curve_auroc(
     order = np.lexsort((tpr, fpr))
     return float(np.trapezoid(tpr[order], fpr[order]))
 
-# %% ../nbs/15_ensemble.ipynb #cell94
+# %% ../nbs/15_ensemble.ipynb #cell98
 def _scored_folds(id_scores, ood_scores):
     "Pairs of in-distribution and OoD scores as arrays, one pair for each fold."
     return [_checked_scores(*pair) for pair in _fold_pairs(id_scores, ood_scores)]
 
-# %% ../nbs/15_ensemble.ipynb #cell95
+# %% ../nbs/15_ensemble.ipynb #cell99
 def member_auroc(
     id_scores:np.ndarray|list,    # (n_members, n_id), or a list with one array per fold
     ood_scores:np.ndarray|list,   # (n_members, n_ood), or a list with one array per fold
@@ -244,7 +264,7 @@ def member_auroc(
     by_fold = [[auroc(*scores) for scores in zip(*fold)] for fold in folds]
     return np.mean(by_fold, axis=0)
 
-# %% ../nbs/15_ensemble.ipynb #cell98
+# %% ../nbs/15_ensemble.ipynb #cell102
 def auroc_windows(
     id_scores:np.ndarray|list,    # (n_members, n_id), or a list with one array per fold
     ood_scores:np.ndarray|list,   # (n_members, n_ood), or a list with one array per fold
@@ -258,7 +278,7 @@ def auroc_windows(
 
     return window_table(member_auroc(id_scores, ood_scores), windows, vote=voted_auroc)
 
-# %% ../nbs/15_ensemble.ipynb #cell105
+# %% ../nbs/15_ensemble.ipynb #cell109
 def _values_by_window(table, members):
     "Members' values in each window of a table, after checking that the table was made from them."
     members = np.asarray(members, dtype=float)
@@ -269,7 +289,7 @@ def _values_by_window(table, members):
                          "pass the values that the table was made from")
     return inside
 
-# %% ../nbs/15_ensemble.ipynb #cell106
+# %% ../nbs/15_ensemble.ipynb #cell110
 _box_style = dict(
     widths=0.5, whis=(0, 100), manage_ticks=False,
     patch_artist=True, boxprops=dict(facecolor="#dbe9f4", edgecolor="C0"),
