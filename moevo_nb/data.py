@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['most_rendered', 'protocols', 'ImageSet', 'class_counts', 'rendered_set', 'read_images', 'folder_set', 'known_sets',
-           'locate', 'load', 'stratified_folds', 'splits', 'split_validation', 'balanced_counts', 'ood_mixture',
-           'mixture_sizes', 'enlarged', 'class_names', 'held_out_classes', 'hold_out', 'ood_names', 'ood_sets',
-           'near_sets', 'split_ood', 'ood_places', 'n_folds', 'protocol_splits', 'protocol_mixtures',
+           'locate', 'load', 'stratified_folds', 'splits', 'split_validation', 'out_of_fold_splits', 'balanced_counts',
+           'ood_mixture', 'mixture_sizes', 'enlarged', 'class_names', 'held_out_classes', 'hold_out', 'ood_names',
+           'ood_sets', 'near_sets', 'split_ood', 'ood_places', 'n_folds', 'protocol_splits', 'protocol_mixtures',
            'separate_mixtures', 'plot_examples']
 
 # %% ../nbs/03_data.ipynb #cell3
@@ -453,6 +453,19 @@ def splits(
     return found
 
 # %% ../nbs/03_data.ipynb #cell88
+def _held_out(
+    images:ImageSet,
+    which:np.ndarray,   # indices of some images
+    folds:int,          # at least 2
+    seed:int,           # of the shuffle
+) -> list:              # those of each fold; all images of a class are never in one of them
+    "Images to hold out, a fold at a time."
+    labels = images.labels[which]
+    fold = stratified_folds(labels, folds, seed, _duplicate_groups(images, which))
+    emptied = [np.setdiff1d(labels, labels[fold != k]) for k in range(folds)]
+    return [which[(fold == k) & ~np.isin(labels, emptied[k])] for k in range(folds)]
+
+# %% ../nbs/03_data.ipynb #cell89
 def split_validation(
     images:ImageSet,
     train:np.ndarray,   # indices of a fold's training images
@@ -464,13 +477,23 @@ def split_validation(
         raise ValueError(f"{images.name}: class {images.classes[sizes.argmin()]!r} has fewer than "
                          "2 different training images, so that none can be reserved for "
                          "validation: add images, or use protocol 'paper'.")
-    labels = images.labels[train]
-    fold = stratified_folds(labels, 5, seed, _duplicate_groups(images, train))
-    emptied = np.setdiff1d(labels, labels[fold != 0])
-    fold[np.isin(labels, emptied)] = 1   # all of a class is never reserved
-    return train[fold != 0], train[fold == 0]
+    validation = _held_out(images, train, 5, seed)[0]
+    return train[~np.isin(train, validation)], validation
 
-# %% ../nbs/03_data.ipynb #cell92
+# %% ../nbs/03_data.ipynb #cell93
+def out_of_fold_splits(
+    images:ImageSet,
+    train:np.ndarray,        # indices of the images that train heads in the search
+    validation:np.ndarray,   # of those that it validates on
+    folds:int = 5,           # at least 3
+    seed:int = 0,            # of the shuffle
+) -> list:                   # (train, held out) of each fold; the first holds the validation images out
+    "Training and validation images together, each held out once."
+    held_out = [validation, *_held_out(images, train, folds - 1, seed)]
+    everything = np.concatenate([train, validation])
+    return [(np.setdiff1d(everything, own), own) for own in held_out]
+
+# %% ../nbs/03_data.ipynb #cell96
 def balanced_counts(
     n:int,            # how many in total
     available:list,   # how many there are in each group
@@ -487,7 +510,7 @@ def balanced_counts(
         for k in unfilled[:n - take.sum()]: take[k] += min(each, available[k] - take[k])
     return take
 
-# %% ../nbs/03_data.ipynb #cell94
+# %% ../nbs/03_data.ipynb #cell98
 def _draw_balanced(images, allowed, n, rng):
     "Sorted indices of n allowed images, balanced over the classes."
     members = []
@@ -496,7 +519,7 @@ def _draw_balanced(images, allowed, n, rng):
     counts = balanced_counts(n, [len(m) for m in members])
     return np.sort(np.concatenate([m[:count] for m, count in zip(members, counts)]))
 
-# %% ../nbs/03_data.ipynb #cell95
+# %% ../nbs/03_data.ipynb #cell99
 def ood_mixture(
     sets:list,                # the OoD image sets
     n:int,                    # how many images in total
@@ -514,7 +537,7 @@ def ood_mixture(
     return [_draw_balanced(images, allowed[k], counts[k], rngs[k])
             for k, images in enumerate(sets)]
 
-# %% ../nbs/03_data.ipynb #cell101
+# %% ../nbs/03_data.ipynb #cell105
 most_rendered = 2000   # OoD images of a mixture up to which rendered sets grow by default
 
 def mixture_sizes(
@@ -535,7 +558,7 @@ def mixture_sizes(
     shares = [max(1, held * n // sum(wanted)) for n in wanted]
     return [held - sum(shares[1:]), *shares[1:]]
 
-# %% ../nbs/03_data.ipynb #cell104
+# %% ../nbs/03_data.ipynb #cell108
 def enlarged(
     sets:list,   # the OoD image sets
     n:int,       # images that are needed from all of them
@@ -546,13 +569,13 @@ def enlarged(
     return [images.grow(count) if count > len(images) else images
             for images, count in zip(sets, counts)]
 
-# %% ../nbs/03_data.ipynb #cell107
+# %% ../nbs/03_data.ipynb #cell111
 def _ood_entries(ood):
     "The entries of the parameter `ood`: names of sets, folders, class:NAME and classes:N."
     entries = re.split(r"(?<!\\),", ood) if ood else []
     return [entry.strip().replace("\\,", ",") for entry in entries]
 
-# %% ../nbs/03_data.ipynb #cell110
+# %% ../nbs/03_data.ipynb #cell114
 def class_names(
     dataset:str,     # as for `locate`
 ) -> tuple:          # as far as they are known before the images are read
@@ -564,21 +587,21 @@ def class_names(
     holding = parts["train"][0] if {"train", "test"} <= set(parts) else folder
     return tuple(path.name for path in subfolders(holding))
 
-# %% ../nbs/03_data.ipynb #cell112
+# %% ../nbs/03_data.ipynb #cell116
 def _label_of(name, classes):
     "The label of a class. Error: there is no such class."
     if name in classes: return classes.index(name)
     raise ValueError(f"class {name!r} is to be held out, but there is no such class"
                      f"{did_you_mean(name, classes) or '.'} The classes: {', '.join(classes)}.")
 
-# %% ../nbs/03_data.ipynb #cell113
+# %% ../nbs/03_data.ipynb #cell117
 def _number_of_classes(text):
     "The N of classes:N. Error: it is no number of classes."
     if text.strip().isdecimal() and int(text) > 0: return int(text)
     raise ValueError(f"ood 'classes:{text}': a number of classes to hold out is expected, such as "
                      "classes:3; a class is held out by its name as class:NAME.")
 
-# %% ../nbs/03_data.ipynb #cell114
+# %% ../nbs/03_data.ipynb #cell118
 _held_out_prefixes = ("class:", "classes:")
 
 def held_out_classes(
@@ -601,12 +624,12 @@ def held_out_classes(
     drawn = np.random.default_rng(seed).permutation(others)[:n_drawn]
     return labels + sorted(drawn.tolist())
 
-# %% ../nbs/03_data.ipynb #cell118
+# %% ../nbs/03_data.ipynb #cell122
 def _read_rows(function, rows, indices, size):
     "The pixels, or the truth, of images that are given by their index in a part."
     return function(rows[np.asarray(indices)], size)
 
-# %% ../nbs/03_data.ipynb #cell119
+# %% ../nbs/03_data.ipynb #cell123
 def _part_of_set(images, name, rows, classes, labels):
     "Some images of a set as a set of their own."
     def at(values): return None if values is None else values[rows]
@@ -618,7 +641,7 @@ def _part_of_set(images, name, rows, classes, labels):
         pixels=read(images.pixels), truth=read(images.truth),
         manifest=digest("part", images.manifest, rows, list(classes)))
 
-# %% ../nbs/03_data.ipynb #cell120
+# %% ../nbs/03_data.ipynb #cell124
 def hold_out(
     images:ImageSet,
     held_out:list,      # labels of the classes to hold out
@@ -638,7 +661,7 @@ def hold_out(
         parts.append(replace(part, skipped=0))   # unusable files are counted with the set
     return rest, parts
 
-# %% ../nbs/03_data.ipynb #cell123
+# %% ../nbs/03_data.ipynb #cell127
 def _ood_default(dataset):
     "Names of the default OoD sets of a data set, see `ood_names`."
     if dataset in rendered: return [name for name in rendered if name != dataset]
@@ -653,13 +676,13 @@ def _ood_default(dataset):
     if "dtd" in present and "dtd10" in present: present.remove("dtd10")   # a part of dtd
     return present or list(rendered)
 
-# %% ../nbs/03_data.ipynb #cell124
+# %% ../nbs/03_data.ipynb #cell128
 def _same_place(dataset):
     "What two names of the same set have in common: its folder, or the name of a rendered set."
     folder = locate(dataset)
     return str(folder.resolve()) if folder else dataset
 
-# %% ../nbs/03_data.ipynb #cell125
+# %% ../nbs/03_data.ipynb #cell129
 def _locate_all(names, ood):
     "Where each OoD set is. Error: nowhere."
     try: return [_same_place(name) for name in names]
@@ -667,7 +690,7 @@ def _locate_all(names, ood):
         hint = r" (A comma within a name is written \,)" if "," in ood else ""
         raise ValueError(f"{e}{hint}") from None
 
-# %% ../nbs/03_data.ipynb #cell126
+# %% ../nbs/03_data.ipynb #cell130
 def ood_names(
     dataset:str,     # the data set under study
     ood:str = "",    # names or folders, separated by commas; "": the default
@@ -681,7 +704,7 @@ def ood_names(
                          f"name each set once, and not {dataset!r} itself.")
     return names
 
-# %% ../nbs/03_data.ipynb #cell131
+# %% ../nbs/03_data.ipynb #cell135
 def _distinct_names(
     paths:list,   # absolute paths of folders, and names of rendered sets
 ) -> list:
@@ -698,7 +721,7 @@ def _distinct_names(
 _columns = (   # of tables with OoD sets
     "fold", "images", "train", "evaluated", "ood", "pooled", "near", "far")
 
-# %% ../nbs/03_data.ipynb #cell133
+# %% ../nbs/03_data.ipynb #cell137
 def ood_sets(
     images:ImageSet,        # the set under study, or what is left of it
     dataset:str,            # its name or folder, as it was loaded
@@ -726,7 +749,7 @@ def ood_sets(
     if usable or ood: return usable
     return [rendered_set(name, split=split) for name in rendered]
 
-# %% ../nbs/03_data.ipynb #cell136
+# %% ../nbs/03_data.ipynb #cell140
 def near_sets(
     images:ImageSet,   # the set under study
     others:list,       # OoD image sets
@@ -735,12 +758,12 @@ def near_sets(
     siblings = registered.get(images.name, {}).get("near", ())
     return tuple(other.name for other in others if other.part_of or other.name in siblings)
 
-# %% ../nbs/03_data.ipynb #cell139
+# %% ../nbs/03_data.ipynb #cell143
 def _as_ood(names):
     "Names of sets as one entry of the parameter `ood` each."
     return ",".join(name.replace(",", "\\,") for name in names)
 
-# %% ../nbs/03_data.ipynb #cell140
+# %% ../nbs/03_data.ipynb #cell144
 def _same_entry(dataset, entry):
     "What two entries for the same OoD images have in common: a held-out class, or a set's place."
     if entry.startswith("classes:"):
@@ -749,7 +772,7 @@ def _same_entry(dataset, entry):
     if entry.startswith("class:"): return f"class:{entry[len('class:'):].strip()}"
     return _same_place(entry)
 
-# %% ../nbs/03_data.ipynb #cell141
+# %% ../nbs/03_data.ipynb #cell145
 def split_ood(
     dataset:str,            # the data set under study
     ood:str = "",           # as for `ood_names`
@@ -771,7 +794,7 @@ def split_ood(
     added = [entry for place, entry in searched.items() if place not in known]
     return _as_ood([*entries, *added]), set(searched)
 
-# %% ../nbs/03_data.ipynb #cell142
+# %% ../nbs/03_data.ipynb #cell146
 def ood_places(
     dataset:str,     # the data set under study
     ood:str = "",    # as for `ood_names`
@@ -779,7 +802,7 @@ def ood_places(
     "Where OoD sets are: folders, and names of rendered sets."
     return [_same_place(name) for name in ood_names(dataset, ood)]
 
-# %% ../nbs/03_data.ipynb #cell147
+# %% ../nbs/03_data.ipynb #cell151
 protocols = ("paper", "holdout")
 
 def n_folds(
@@ -797,7 +820,7 @@ def n_folds(
                          "which each image trains some head: leave folds at 0.")
     return 1
 
-# %% ../nbs/03_data.ipynb #cell149
+# %% ../nbs/03_data.ipynb #cell153
 def protocol_splits(
     images:ImageSet,
     protocol:str = "paper",  # one of `protocols`
@@ -816,7 +839,7 @@ def protocol_splits(
     else: train, validation = split_validation(images, train, seed)
     return [(train, validation)], [(train, evaluate)]
 
-# %% ../nbs/03_data.ipynb #cell151
+# %% ../nbs/03_data.ipynb #cell155
 def _report_share(
     others:list,      # the OoD image sets
     n_report:int,     # OoD images of the report
@@ -829,7 +852,7 @@ def _report_share(
     return [-(-size * n_report // n) if count == size else size
             for size, count in zip(sizes, counts)]
 
-# %% ../nbs/03_data.ipynb #cell153
+# %% ../nbs/03_data.ipynb #cell157
 def protocol_mixtures(
     others:list,        # the OoD image sets
     search:list,        # (train, evaluation) of each fold, as from `protocol_splits`
@@ -854,7 +877,7 @@ def protocol_mixtures(
     unseen = ood_mixture(others, n_search, seed, taken, split)
     return others, [(train, validation, unseen)], [(train, evaluate, taken)]
 
-# %% ../nbs/03_data.ipynb #cell154
+# %% ../nbs/03_data.ipynb #cell158
 def separate_mixtures(
     others:list,      # the OoD image sets
     searched:list,    # whether the search sees each of them; the report uses the others
@@ -877,7 +900,7 @@ def separate_mixtures(
         found.append([(train, evaluate, mixture)])
     return others, *found
 
-# %% ../nbs/03_data.ipynb #cell167
+# %% ../nbs/03_data.ipynb #cell171
 def _contact_sheet(rows, size):
     "Rows of square images side by side on white, uint8 (height, width, 3)."
     sheet = np.full((len(rows) * size, max(map(len, rows)) * size, 3), 255, np.uint8)
@@ -886,7 +909,7 @@ def _contact_sheet(rows, size):
             sheet[y:y + size, x:x + size] = image
     return sheet
 
-# %% ../nbs/03_data.ipynb #cell168
+# %% ../nbs/03_data.ipynb #cell172
 def plot_examples(
     images:ImageSet,
     indices:np.ndarray,    # of the images to choose from

@@ -38,8 +38,8 @@ from .corruption import (
     accuracy_by_kind, auroc_by_kind, corrupted_features, corruption_names)
 from .data import (
     ImageSet, class_counts, class_names, held_out_classes, hold_out, load, locate, n_folds,
-    near_sets, ood_names, ood_places, ood_sets, protocol_mixtures, protocol_splits, protocols,
-    separate_mixtures, split_ood)
+    near_sets, ood_names, ood_places, ood_sets, out_of_fold_splits, protocol_mixtures,
+    protocol_splits, protocols, separate_mixtures, split_ood)
 from .deploy import load_heads
 from .encoding import encodings, find_encoding
 from .ensemble import majority_vote
@@ -90,6 +90,9 @@ parameters = {
     "corruptions": Parameter("none", "none, all, or kinds in 17_corruption, by commas"),
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
+    "validation_folds": Parameter(
+        5, "that choose among members under holdout; 0: validation images only",
+        lambda v: v == 0 or v >= 3, "0 or at least 3"),
     "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
     "preset": _one_of("quick", "training in the search: quick or paper", *presets),
     "report_preset": _one_of(
@@ -350,7 +353,7 @@ def results_folder(
     return folder
 
 # %% ../nbs/22_study.ipynb #cell50
-experiment_figures = ("hypervolume", "attainment", "front", "notable", "ood", "seeds", "magnitude",
+experiment_figures = ("hypervolume", "attainment", "front", "models", "ood", "seeds", "magnitude",
                       "baselines", "neurons", "cams", "pointing", "ensembles", "calibration",
                       "corruptions", "corruptions_auroc")
 packages = ("moevo_nb", "torch", "torchvision", "timm", "numpy", "scipy", "pymoo", "moocore",
@@ -558,6 +561,7 @@ class StudyImages:
     ood_sets:list         # the image sets that OoD images are drawn from
     image_size:int        # pixels
     search_splits:list    # (train, evaluation, OoD mixture) of each fold, as the search sees them
+    choice_splits:list    # the same, that choose among the members of a front
     report_splits:list    # the same, as the front is reported on
 
     @property
@@ -615,7 +619,13 @@ def load_images(
         searched = [place in of_search for place in places]
         others, *splits = separate_mixtures(others, searched, *splits, p.n_ood, p.seed, p.split)
     else: others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
-    return StudyImages(images, others, p.image_size or images.image_size, *splits)
+    search, report = splits
+    choice = search
+    if search is not report and p.validation_folds:
+        (train, validation, mixture), = search
+        folds = out_of_fold_splits(images, train, validation, p.validation_folds, p.seed)
+        choice = [(*fold, mixture) for fold in folds]
+    return StudyImages(images, others, p.image_size or images.image_size, search, choice, report)
 
 # %% ../nbs/22_study.ipynb #cell86
 def load_features(
@@ -637,9 +647,10 @@ def load_features(
 # %% ../nbs/22_study.ipynb #cell87
 @dataclass(frozen=True)
 class StudyProblems:
-    "What a search is told, what chooses its front, and what the front is reported on."
+    "What a search is told, what chooses its front and among it, and what is reported."
     search:Problem
     selection:Problem
+    choice:Problem
     report:Problem
 
 # %% ../nbs/22_study.ipynb #cell88
@@ -662,9 +673,12 @@ def load_problems(
         return Problem(features, study.images.labels, folds, ood, sets, p.detector, training,
                        p.encoding, p.seed, p.device, study.near_sets)
 
+    selection = problem(study.search_splits, presets[p.report_preset])
+    choice = selection
+    if study.choice_splits is not study.search_splits:
+        choice = problem(study.choice_splits, presets[p.preset])
     return StudyProblems(
-        search=problem(study.search_splits, presets[p.preset]),
-        selection=problem(study.search_splits, presets[p.report_preset]),
+        search=problem(study.search_splits, presets[p.preset]), selection=selection, choice=choice,
         report=problem(study.report_splits, presets[p.report_preset]))
 
 # %% ../nbs/22_study.ipynb #cell92
@@ -750,13 +764,11 @@ class FinishedRun:
     def members(self, name):
         "Numbers of the members that a name means. Error: there is no such member."
         numbers = [str(k) for k in range(len(self.front))]
-        notable = {called: row["member"] for called, row in self.result["notable_members"].items()}
-        if name == "ensemble": return numbers
+        models = self.result["models"]
         if str(name) in numbers: return [str(name)]
-        if name in notable: return [str(notable[name]) if notable[name] >= 0 else "unpruned"]
-        known = [*notable, "ensemble"]
-        raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), known) or '.'} "
-                         f"Give one of {', '.join(known)}, or a number from 0 to "
+        if name in models: return [*map(str, models[name]["members"])] or ["unpruned"]
+        raise ValueError(f"there is no member {name!r}{did_you_mean(str(name), models) or '.'} "
+                         f"Give one of {', '.join(models)}, or a number from 0 to "
                          f"{len(numbers) - 1}.")
 
 # %% ../nbs/22_study.ipynb #cell104

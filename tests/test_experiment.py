@@ -43,7 +43,8 @@ def test_a_run_leaves_everything_behind(finished):
     out = finished[0] / "results"
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == 7 and result["images"]["total"] == 42 and result["ood"] == [{"weaves": 9}]
-    assert set(result["ood_by_set"]) == set(result["calibration"]) == {*result["notable_members"], "front median"}
+    single = [name for name, model in result["models"].items() if "ensemble" not in name]
+    assert set(result["ood_by_set"]) == set(result["calibration"]) == {*single, "front median"} and len(result["models"]) == len(single) + 3
     assert all(0 <= found[ece] <= 1 for found in result["calibration"].values() for ece in ("ece", "scaled_ece"))
     unpruned = result["ood_by_set"]["unpruned"]["auroc"]
     assert list(unpruned) == ["weaves", "pooled"] and abs(unpruned["pooled"] - result["unpruned"]["auroc"]) < 1e-9
@@ -54,9 +55,9 @@ def test_a_run_leaves_everything_behind(finished):
     front = pd.read_csv(out / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "searched_accuracy", "searched_auroc", "mask"]
     assert len(front) == result["front_size"]
-    assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy.max()
+    assert 0 < result["hypervolume"] < 1 and result["best"]["accuracy"] == front.accuracy[front.active_fraction <= 0.4].max()
     names = {f.stem for f in (out / "figures").glob("*.png")}
-    assert names == {"front", "hypervolume", "ood", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
+    assert names == {"front", "hypervolume", "models", "ood", "seeds", "magnitude", "neurons", "cams", "ensembles"}   # no ground truth, so no pointing game
     assert names <= {f.stem for f in (out / "figures").glob("*.csv")} and (out / "evaluations.sqlite").exists()
 
 
@@ -83,8 +84,10 @@ def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, cla
     assert done.returncode == 0, done.stderr[-3000:]
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
-    chosen = front.sort_values(["validation_accuracy", "active_fraction"], ascending=[False, True]).iloc[0]
-    assert result["best"]["accuracy"] == chosen.accuracy and result["hypervolume_selection"] != result["hypervolume"]
+    best, unpruned = result["models"]["best accuracy"], result["models"]["unpruned"]
+    assert result["best"]["accuracy"] == best["accuracy"] == front.accuracy[best["members"][0]] and best["active_fraction"] <= 0.4
+    assert unpruned["members"] == [] and unpruned["accuracy_gain"] == 0 and best["accuracy_gain"] == best["accuracy"] - unpruned["accuracy"]
+    assert result["hypervolume_selection"] != result["hypervolume"]
     assert result["evaluations"] == 14 and set(front.run) <= {0, 1} and result["parameters"]["report_preset"] == "quick"
     assert result["trainings"]["search"] == result["trainings"]["report"] == presets["quick"]
     attained = pd.read_csv(tmp_path / "results" / "figures" / "attainment.csv", header=[0, 1], index_col=0)
@@ -94,7 +97,7 @@ def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, cla
     assert result["ood"] == [{"weaves": 9}] and [*result["ood_by_set"]["unpruned"]["auroc"]] == ["weaves", "pooled"]
     under = result["corruptions"]["accuracy"]
     assert under["unpruned"]["clean"] == result["unpruned"]["accuracy"] and [*under["unpruned"]] == ["clean", "jpeg", "mean"]
-    assert any(name.startswith("vote") for name in under) and set(result["corruptions"]["auroc"]) == set(result["notable_members"])
+    assert any(name.startswith("vote") for name in under) and set(result["corruptions"]["auroc"]) == {name for name in result["models"] if "ensemble" not in name}
 
 
 def test_run_all_again_and_every_cell_singly(class_folders, cache, tmp_path, monkeypatch):
@@ -197,7 +200,7 @@ def test_a_member_becomes_a_model_with_the_metrics_of_the_run(finished, class_fo
     found = pd.DataFrame(classify([files[k] for k in own]))
     ood = pd.DataFrame(classify(study.ood_sets[0].pixels(mixture[0], 48)))
     labels = [study.images.classes[k] for k in study.images.labels[own]]
-    knee = result["notable_members"]["knee"]
+    knee = result["models"]["knee"]
     assert (found.label == labels).mean() == knee["accuracy"] == classify.about["metrics"]["accuracy"]["value"]
     assert auroc(found.score.to_numpy(), ood.score.to_numpy()) == knee["auroc"] == classify.about["metrics"]["AUROC"]["value"]
     assert found.in_distribution.mean() >= 0.95   # which is how the threshold was chosen
