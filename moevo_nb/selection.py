@@ -9,10 +9,10 @@ __all__ = ['largest_fraction', 'knee', 'notable_members', 'members_of_size', 'fr
 import numpy as np
 import pandas as pd
 
-from .ensemble import (
-    greedy_members, mean_probability, mean_vote, member_accuracy, window_members, windows)
+from moevo_nb.ensemble import (
+    greedy_members, mean_vote, member_accuracy, member_auroc, window_members,
+    windows)
 from .pareto import measured_objectives, minimised, non_dominated, objectives, sort_order
-from .robustness import auroc
 from .statistics import paired_auroc_interval, paired_interval
 
 # %% ../nbs/19_selection.ipynb #cell7
@@ -117,8 +117,8 @@ def front_ensembles(
 def _answers(outputs, labels, members):
     "Of each fold: which images a model gets right, and its scores of own and of OoD images."
     told = zip(*(outputs[name] for name in ("logits", "scores", "ood_scores")), labels)
-    return [(mean_probability(z[members]).argmax(1) == y,
-             (own[members].mean(0), ood[members].mean(0))) for z, own, ood, y in told]
+    return [(mean_vote(z[members]) == y, (own[members].mean(0), ood[members].mean(0)))
+            for z, own, ood, y in told]
 
 # %% ../nbs/19_selection.ipynb #cell34
 def chosen_models(
@@ -130,8 +130,9 @@ def chosen_models(
     "What models reach on the images that report, and gain on the unpruned network there."
     reference, rows = _answers(outputs, labels, [-1]), {}
     def over_folds(answers):
-        accuracy = float(np.mean([right.mean() for right, _ in answers]))
-        return accuracy, float(np.mean([auroc(*scores) for _, scores in answers]))
+        own, ood = zip(*(scores for _, scores in answers))
+        (auroc,) = member_auroc([scores[None] for scores in own], [scores[None] for scores in ood])
+        return float(np.mean([right.mean() for right, _ in answers])), float(auroc)
     plain = over_folds(reference)
     for name, members in models.items():
         answers = _answers(outputs, labels, members or [-1])

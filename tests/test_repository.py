@@ -84,7 +84,7 @@ layers = {   # module: what it may import, besides system, which every module ma
     "operators": "encoding head", "surrogate": "pareto", "evolution": "operators surrogate evaluation pareto store",
     "explain": "backbone encoding head operators pareto", "ensemble": "robustness",
     "baselines": "encoding head evaluation pareto store", "statistics": "",
-    "selection": "pareto evaluation surrogate ensemble", "corruption": "data backbone robustness",
+    "selection": "pareto ensemble statistics", "corruption": "data backbone robustness",
     "deploy": "data backbone encoding head robustness ensemble store", "predict": "",
 }
 
