@@ -91,7 +91,7 @@ parameters = {
     "protocol": _one_of("paper", "paper, or holdout: select on validation images", *protocols),
     "folds": _at_least(0, "0: as registered; 1: its split or a hold-out; 2 or more: folds", 0),
     "validation_folds": Parameter(
-        5, "that choose among members under holdout; 0: validation images only",
+        5, "that choose the front under holdout; 0: validation images only",
         lambda v: v == 0 or v >= 3, "0 or at least 3"),
     "split": _at_least(-1, "-1: as registered; k: another split, by seed k", -1),
     "preset": _one_of("quick", "training in the search: quick or paper", *presets),
@@ -561,11 +561,14 @@ class StudyImages:
     ood_sets:list         # the image sets that OoD images are drawn from
     image_size:int        # pixels
     search_splits:list    # (train, evaluation, OoD mixture) of each fold, as the search sees them
-    choice_splits:list    # the same, that choose among the members of a front
+    selection_splits:list # the same, that choose the front
     report_splits:list    # the same, as the front is reported on
 
     @property
     def same_splits(self): return self.search_splits is self.report_splits
+
+    @property
+    def out_of_fold(self): return self.selection_splits is not self.search_splits
 
     @property
     def near_sets(self): return near_sets(self.images, self.ood_sets)
@@ -620,12 +623,13 @@ def load_images(
         others, *splits = separate_mixtures(others, searched, *splits, p.n_ood, p.seed, p.split)
     else: others, *splits = protocol_mixtures(others, *splits, p.n_ood, p.seed, p.split)
     search, report = splits
-    choice = search
+    selection = search
     if search is not report and p.validation_folds:
         (train, validation, mixture), = search
         folds = out_of_fold_splits(images, train, validation, p.validation_folds, p.seed)
-        choice = [(*fold, mixture) for fold in folds]
-    return StudyImages(images, others, p.image_size or images.image_size, search, choice, report)
+        selection = [(*fold, mixture) for fold in folds]
+    return StudyImages(
+        images, others, p.image_size or images.image_size, search, selection, report)
 
 # %% ../nbs/22_study.ipynb #cell86
 def load_features(
@@ -647,10 +651,9 @@ def load_features(
 # %% ../nbs/22_study.ipynb #cell87
 @dataclass(frozen=True)
 class StudyProblems:
-    "What a search is told, what chooses its front and among it, and what is reported."
+    "What a search is told, what chooses its front, and what the front is reported on."
     search:Problem
     selection:Problem
-    choice:Problem
     report:Problem
 
 # %% ../nbs/22_study.ipynb #cell88
@@ -673,12 +676,10 @@ def load_problems(
         return Problem(features, study.images.labels, folds, ood, sets, p.detector, training,
                        p.encoding, p.seed, p.device, study.near_sets)
 
-    selection = problem(study.search_splits, presets[p.report_preset])
-    choice = selection
-    if study.choice_splits is not study.search_splits:
-        choice = problem(study.choice_splits, presets[p.preset])
+    selecting = presets[p.preset if study.out_of_fold else p.report_preset]
     return StudyProblems(
-        search=problem(study.search_splits, presets[p.preset]), selection=selection, choice=choice,
+        search=problem(study.search_splits, presets[p.preset]),
+        selection=problem(study.selection_splits, selecting),
         report=problem(study.report_splits, presets[p.report_preset]))
 
 # %% ../nbs/22_study.ipynb #cell92
