@@ -85,7 +85,8 @@ def test_the_papers_search_under_holdout_reports_what_it_never_saw(finished, cla
     result, front = json.loads((tmp_path / "results" / "result.json").read_text()), pd.read_csv(tmp_path / "results" / "front.csv", dtype={"mask": str})
     assert list(front.columns) == ["run", "accuracy", "active_fraction", "auroc", "validation_accuracy", "validation_auroc", "mask"]
     best, unpruned = result["models"]["best accuracy"], result["models"]["unpruned"]
-    assert result["best"]["accuracy"] == best["accuracy"] == front.accuracy[best["members"][0]] and best["active_fraction"] <= 0.4
+    assert result["best"]["accuracy"] == best["accuracy"] == front.accuracy[int(best["members"][0])] and best["active_fraction"] <= 0.4
+    assert result["models"]["fold ensemble"]["members"] == [f"{best['members'][0]} fold {k}" for k in range(5)]
     assert unpruned["members"] == [] and unpruned["accuracy_gain"] == 0 and best["accuracy_gain"] == best["accuracy"] - unpruned["accuracy"]
     assert result["hypervolume_selection"] != result["hypervolume"]
     assert result["evaluations"] == 14 and set(front.run) <= {0, 1} and result["parameters"]["report_preset"] == "quick"
