@@ -238,7 +238,7 @@ detectors = {
     "vim": Detector(vim, uses="hidden", fitted=True, output_layer=True),
 }
 
-# %% ../nbs/07_robustness.ipynb #cell79
+# %% ../nbs/07_robustness.ipynb #cell82
 def _checked_scores(scores, name):
     "Scores as a float64 vector, after checking that they can be ranked."
     scores = np.asarray(scores, dtype=np.float64)
@@ -251,7 +251,7 @@ def _checked_scores(scores, name):
                          "expected finite scores: check the logits")
     return scores
 
-# %% ../nbs/07_robustness.ipynb #cell80
+# %% ../nbs/07_robustness.ipynb #cell83
 def auroc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -263,7 +263,7 @@ def auroc(
     not_above = np.searchsorted(ood_scores, id_scores, side="right").sum()
     return float((below + not_above) / (2 * id_scores.size * ood_scores.size))
 
-# %% ../nbs/07_robustness.ipynb #cell97
+# %% ../nbs/07_robustness.ipynb #cell100
 def roc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -276,7 +276,7 @@ def roc(
     fpr, tpr, _ = roc_curve(is_id, scores, drop_intermediate=False)
     return fpr, tpr
 
-# %% ../nbs/07_robustness.ipynb #cell102
+# %% ../nbs/07_robustness.ipynb #cell105
 def fpr_at_tpr(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -288,7 +288,7 @@ def fpr_at_tpr(
     fprs, tprs = roc(id_scores, ood_scores)
     return float(fprs[np.argmax(tprs >= tpr)])
 
-# %% ../nbs/07_robustness.ipynb #cell107
+# %% ../nbs/07_robustness.ipynb #cell110
 def aupr(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -300,7 +300,7 @@ def aupr(
     scores = np.concatenate([id_scores, ood_scores])
     return float(average_precision_score(is_ood, -scores))
 
-# %% ../nbs/07_robustness.ipynb #cell111
+# %% ../nbs/07_robustness.ipynb #cell114
 def mark_below_chance(
     table:pd.DataFrame,       # any values, among them AUROCs
     column:str = "auroc",     # column, or top level of columns, that holds AUROCs
@@ -312,7 +312,7 @@ def mark_below_chance(
 
     return table.apply(shown)
 
-# %% ../nbs/07_robustness.ipynb #cell116
+# %% ../nbs/07_robustness.ipynb #cell119
 def plot_scores(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
@@ -332,7 +332,7 @@ def plot_scores(
     ax.legend()
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell118
+# %% ../nbs/07_robustness.ipynb #cell121
 def plot_roc(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
@@ -352,7 +352,7 @@ def plot_roc(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell126
+# %% ../nbs/07_robustness.ipynb #cell129
 def plot_ood(
     table:pd.DataFrame,   # a row a model; columns (auroc, fpr95 or aupr; OoD set)
 ) -> np.ndarray:          # the axes drawn on, one for each measure
