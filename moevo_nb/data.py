@@ -487,7 +487,7 @@ def out_of_fold_splits(
     validation:np.ndarray,   # of those that it validates on
     folds:int = 5,           # at least 3
     seed:int = 0,            # of the shuffle
-) -> list:                   # (train, held out) of each fold; the first holds the validation images out
+) -> list:                   # (train, held out) of each fold, the validation images first
     "Training and validation images together, each held out once."
     held_out = [validation, *_held_out(images, train, folds - 1, seed)]
     everything = np.concatenate([train, validation])

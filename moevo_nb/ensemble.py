@@ -175,7 +175,8 @@ def greedy_members(
 ) -> list:                    # their positions, in the order in which they were added
     "The members whose mean probability has the lowest cross-entropy, chosen one after the other."
     folds = _labelled_folds(logits, labels)
-    of_truth = np.concatenate([class_probabilities(z)[:, np.arange(len(y)), y] for z, y in folds], 1)
+    of_truth = [class_probabilities(z)[:, np.arange(len(y)), y] for z, y in folds]
+    of_truth = np.concatenate(of_truth, axis=1)
     chosen, together, reached = [], np.zeros(of_truth.shape[1]), np.inf
     while len(chosen) < min(most, len(of_truth)):
         means = (together + of_truth) / (len(chosen) + 1)

@@ -83,7 +83,7 @@ def notable_members(
     right:np.ndarray,       # bool (n_members, n_images): which of these images each gets right
     unpruned:dict,          # objectives of the unpruned network; a Series will do
     by:tuple|None = None,   # the objectives of the front, for the knee; None: all of `objectives`
-) -> pd.DataFrame:          # indexed by name: the position `member` in the table, and the objectives
+) -> pd.DataFrame:          # indexed by name: position `member` in the table, and the objectives
     "The best in each measured objective, the knee, the smallest good member, the unpruned network."
     if np.ndim(right) != 2 or len(right) != len(table):
         raise ValueError(f"{len(table)} members, but right has shape {np.shape(right)}; expected "
