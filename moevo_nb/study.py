@@ -8,7 +8,7 @@ __all__ = ['parameters', 'experiment_figures', 'packages', 'grid_sets', 'grid_se
            'code_digests', 'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'most_seconds',
            'StudyImages', 'load_images', 'load_features', 'StudyProblems', 'load_problems', 'corrupted_problem',
            'load_corrupted', 'measure_corrupted', 'run_notebook', 'study_runs', 'run_state', 'FinishedRun', 'read_run',
-           'source_digests', 'check_sources', 'read_results', 'published_fronts']
+           'source_digests', 'check_sources', 'read_results', 'study_answers', 'published_fronts']
 
 # %% ../nbs/22_study.ipynb #cell3
 import ast
@@ -893,6 +893,58 @@ def read_results(
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_study.ipynb #cell122
+def _points(row):
+    "A difference of accuracies in points, with its interval."
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[end] for end in ("mean", "low", "high")))
+
+def _ahead(medians, one, other):
+    "On how many sets one search has the higher median hypervolume."
+    pairs = [(medians[name, *one], medians[name, *other]) for name in {key[0] for key in medians}]
+    return f"on {sum(a > b for a, b in pairs)} of {len(pairs)} sets"
+
+# %% ../nbs/22_study.ipynb #cell123
+def _of_search(found):
+    "What `study_search` says."
+    medians = {tuple(key.split(", ")): row["median"] for key, row in found["hypervolume"].items()}
+    few, many = sorted({key[2] for key in medians if key[1] == "paper"}, key=int)
+    yield (f"Does the paper's search beat random masks at {few} evaluations?",
+           f"{_ahead(medians, ('paper', few), ('random', few))}, by the median hypervolume")
+    yield (f"Does the informed search at {few} beat the paper's at {many}?",
+           f"{_ahead(medians, ('informed', few), ('paper', many))}, by the median hypervolume")
+
+# %% ../nbs/22_study.ipynb #cell124
+def _of_baselines(found):
+    "What `study_baselines` says."
+    said = [f"{name}: of {row['comparisons']} comparisons the search is surely ahead in "
+            f"{row['search_surely_ahead']}, a baseline in {row['baseline_surely_ahead']}"
+            for name, row in found["comparisons"].items()]
+    yield "Does a search find better masks than pruning without search?", "; ".join(said)
+
+# %% ../nbs/22_study.ipynb #cell125
+def _of_choice(found):
+    "What `study_choice` says."
+    together, yardstick = found["ensemble"], found["unpruned"]["fold ensemble"]
+    yield ("Is a member with at most 40 % of the neurons as accurate as the unpruned network?",
+           f"{_points(found['best'])} points on unseen images; {_points(found['best_by_validation'])} "
+           "if validation images choose it")
+    yield ("Do ensembles of a front help?",
+           f"the {together['name']}: {_points(together)} points over the unpruned network; the "
+           f"unpruned network's own: {_points(yardstick)}")
+
+# %% ../nbs/22_study.ipynb #cell126
+def study_answers(
+    folder:str|Path = "paper_runs",   # with a folder for each study
+) -> pd.DataFrame:                    # question, answer, study
+    "What the studies have found, a row a question."
+    readers, rows = dict(search=_of_search, baselines=_of_baselines, choice=_of_choice), []
+    for study, answers in readers.items():
+        path = Path(folder, study, "result.json")
+        if not path.is_file(): continue
+        found = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+        rows += [(question, answer, f"study_{study}") for question, answer in answers(found)]
+    return pd.DataFrame(rows, columns=["question", "answer", "study"])
+
+# %% ../nbs/22_study.ipynb #cell129
 def published_fronts() -> dict:   # data set -> a table with the objectives as columns
     "The fronts that the paper's authors published."
     file = Path(moevo_nb.__file__).with_name("published_fronts.csv")
