@@ -110,9 +110,11 @@ def expected_accuracy(
     right = np.asarray(right, float)
     n_images, rng = right.shape[1], np.random.default_rng(seed)
     drawn = rng.multinomial(n_images, np.full(n_images, 1 / n_images), n_resamples).T
+    drawn = drawn[:, (drawn == 0).any(axis=0)]   # of few images all may be drawn
+    if not drawn.size: raise ValueError(f"{n_images} images: two at least are expected")
     best = (right @ drawn).argmax(axis=0)
     left = drawn == 0
-    return float(((right @ left)[best, np.arange(n_resamples)] / left.sum(axis=0)).mean())
+    return float(((right @ left)[best, np.arange(len(best))] / left.sum(axis=0)).mean())
 
 # %% ../nbs/19_selection.ipynb #cell33
 def members_of_size(

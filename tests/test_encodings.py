@@ -41,7 +41,7 @@ def shared_cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("encoding, given", [
-    ("units", dict(protocol="holdout", runs=2)), ("two_layers_first", dict(search="paper")), ("two_layers_second", dict(folds=2)),
+    ("units", dict(protocol="holdout", runs=2, validation_folds=0)), ("two_layers_first", dict(search="paper")), ("two_layers_second", dict(folds=2)),
     ("two_layers_both", {}), ("connections", dict(protocol="holdout"))])
 def test_an_encoding_from_search_to_explanation(shared_cache, class_folders, encoding, given):
     given = small | given | dict(dataset=str(class_folders), encoding=encoding, out_dir=str(shared_cache / encoding))
