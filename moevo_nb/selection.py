@@ -61,7 +61,7 @@ def finalists(
             chosen[inside[best]] = True
     return chosen
 
-# %% ../nbs/19_selection.ipynb #cell19
+# %% ../nbs/19_selection.ipynb #cell21
 largest_fraction = 0.4   # active fraction up to which a member may be "best accuracy"
 
 def _most_accurate(values):
@@ -69,7 +69,7 @@ def _most_accurate(values):
     large = (values["active_fraction"] > largest_fraction).to_numpy()
     return _first(np.where(large & ~large.all(), np.inf, values["accuracy"]), values)
 
-# %% ../nbs/19_selection.ipynb #cell20
+# %% ../nbs/19_selection.ipynb #cell22
 def _smallest_within_error(values, right, best):
     "Position of the smallest member within one standard error of a good one."
     lost = right[best].astype(float) - right   # of each member, on each image
@@ -77,7 +77,7 @@ def _smallest_within_error(values, right, best):
     near = lost.mean(axis=1) <= errors + 1e-12
     return _first(np.where(near, values["active_fraction"], np.inf), values)
 
-# %% ../nbs/19_selection.ipynb #cell21
+# %% ../nbs/19_selection.ipynb #cell23
 def notable_members(
     table:pd.DataFrame,     # a front, a row for each member, by the images that choose
     right:np.ndarray,       # bool (n_members, n_images): which of these images each gets right
@@ -100,7 +100,7 @@ def notable_members(
     rows.insert(0, "member", [*chosen.values(), -1])
     return rows.set_axis(pd.Index([*chosen, "unpruned"], name="name"))
 
-# %% ../nbs/19_selection.ipynb #cell29
+# %% ../nbs/19_selection.ipynb #cell31
 def expected_accuracy(
     right:np.ndarray,        # bool (n_masks, n_images): which images each candidate gets right
     n_resamples:int = 500,   # of the images
@@ -116,7 +116,7 @@ def expected_accuracy(
     left = drawn == 0
     return float(((right @ left)[best, np.arange(len(best))] / left.sum(axis=0)).mean())
 
-# %% ../nbs/19_selection.ipynb #cell33
+# %% ../nbs/19_selection.ipynb #cell35
 def members_of_size(
     table:pd.DataFrame,   # a front, a row for each member, as what chooses among them saw it
     fraction:float,       # active fraction, above 0
@@ -128,7 +128,7 @@ def members_of_size(
     return {name: _first(np.where(far, np.inf, values[name]), values)
             for name in measured_objectives()}
 
-# %% ../nbs/19_selection.ipynb #cell36
+# %% ../nbs/19_selection.ipynb #cell38
 def _best_window(logits, labels):
     "Positions of the members in the window whose mean vote is best; None: all windows are empty."
     values, found = member_accuracy(logits, labels), []
@@ -139,7 +139,7 @@ def _best_window(logits, labels):
         found.append((np.concatenate(right).mean(), chosen.tolist()))
     return max(found, key=lambda window: window[0])[1] if found else None
 
-# %% ../nbs/19_selection.ipynb #cell37
+# %% ../nbs/19_selection.ipynb #cell39
 def front_ensembles(
     logits:list,   # of each fold, by heads that it did not train: (n_members, n_images, n_classes)
     labels:list,   # of each fold, (n_images,)
@@ -149,14 +149,14 @@ def front_ensembles(
              "greedy ensemble": greedy_members(logits, labels)}
     return {name: members for name, members in found.items() if members}
 
-# %% ../nbs/19_selection.ipynb #cell41
+# %% ../nbs/19_selection.ipynb #cell43
 def _answers(outputs, labels, members):
     "Of each fold: which images a model gets right, and its scores of own and of OoD images."
     told = zip(*(outputs[name] for name in ("logits", "scores", "ood_scores")), labels)
     return [(mean_vote(z[members]) == y, (own[members].mean(0), ood[members].mean(0)))
             for z, own, ood, y in told]
 
-# %% ../nbs/19_selection.ipynb #cell42
+# %% ../nbs/19_selection.ipynb #cell44
 def chosen_models(
     models:dict,        # name -> positions of its members; none: the unpruned network
     masks:np.ndarray,   # bool (n_members + 1, n_neurons), the last of them of the unpruned network

@@ -915,7 +915,7 @@ def _of_search(found):
 # %% ../nbs/22_study.ipynb #cell124
 def _of_baselines(found):
     "What `study_baselines` says."
-    said = [f"{name}: of {row['comparisons']} comparisons the search is surely ahead in "
+    said = [f"{objectives[name].label}: of {row['comparisons']} comparisons the search is surely ahead in "
             f"{row['search_surely_ahead']}, a baseline in {row['baseline_surely_ahead']}"
             for name, row in found["comparisons"].items()]
     yield "Does a search find better masks than pruning without search?", "; ".join(said)
