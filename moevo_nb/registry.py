@@ -257,6 +257,15 @@ def _check_inside(
                              "unpacked into, and is refused. Get it from a source that you trust.")
 
 # %% ../nbs/02_registry.ipynb #cell49
+def _check_plain(
+    packed:tarfile.TarFile,   # open for reading
+):
+    "Refuse a tar that holds anything but files and folders."
+    for member in packed:
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is neither a file nor a folder")
+
+# %% ../nbs/02_registry.ipynb #cell50
 def unpack(
     archive:Path,   # zip, or tar of any compression
     folder:Path,    # where to unpack it
@@ -270,12 +279,14 @@ def unpack(
         else:
             with tarfile.open(archive) as packed:
                 _check_inside(packed.getnames(), archive, folder)
-                packed.extractall(folder, filter="data")
+                _check_plain(packed)
+                packed.extraction_filter = getattr(tarfile, "data_filter", None)
+                packed.extractall(folder)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as e:
         raise ValueError(f"{archive.name} is damaged or unsafe ({e}). "
                          "Get it again from a source that you trust.") from None
 
-# %% ../nbs/02_registry.ipynb #cell54
+# %% ../nbs/02_registry.ipynb #cell55
 archives = {
     # url, sha256: "" if the checksum is not known
     # parts: part of the set -> folder of its class folders in the archive
@@ -304,14 +315,14 @@ through_torchvision = {   # name -> class in torchvision.datasets
     "dtd": "DTD",
 }
 
-# %% ../nbs/02_registry.ipynb #cell55
+# %% ../nbs/02_registry.ipynb #cell56
 def fetchable(
     name:str,   # of a data set
 ) -> bool:
     "Whether a data set can be downloaded."
     return name in archives or name in through_torchvision
 
-# %% ../nbs/02_registry.ipynb #cell58
+# %% ../nbs/02_registry.ipynb #cell59
 def _download_archive(
     archive:dict,   # as in `archives`
     path:Path,      # the file to write
@@ -322,7 +333,7 @@ def _download_archive(
     found = download(archive["url"], path, archive["sha256"] or recorded)
     if not archive["sha256"]: record.write_text(found)
 
-# %% ../nbs/02_registry.ipynb #cell61
+# %% ../nbs/02_registry.ipynb #cell62
 def _move_classes(
     archive:dict,    # as in `archives`
     unpacked:Path,   # folder with the content of the archive
@@ -339,7 +350,7 @@ def _move_classes(
             if folder.is_dir() and class_name not in archive["without"]:
                 folder.rename(into / part / class_name)
 
-# %% ../nbs/02_registry.ipynb #cell63
+# %% ../nbs/02_registry.ipynb #cell64
 def _from_archives(
     name:str,       # a key of `archives`
     into:Path,      # folder of the set, empty or missing
@@ -353,7 +364,7 @@ def _from_archives(
         unpack(file, unpacked)
         _move_classes(archive, unpacked, into)
 
-# %% ../nbs/02_registry.ipynb #cell65
+# %% ../nbs/02_registry.ipynb #cell66
 def _from_torchvision(
     name:str,    # a key of `through_torchvision`
     into:Path,   # folder of the set, empty or missing
@@ -368,7 +379,7 @@ def _from_torchvision(
             target.mkdir(parents=True, exist_ok=True)
             file.rename(target / file.name)
 
-# %% ../nbs/02_registry.ipynb #cell68
+# %% ../nbs/02_registry.ipynb #cell69
 def how_to_get(
     name:str,   # a key of `registered`
 ) -> str:       # continues a sentence
@@ -381,7 +392,7 @@ def how_to_get(
             f"and lay it out as {data_folder() / name}/{layout}, "
             f"{n_images} images in {row['classes']} class folders.")
 
-# %% ../nbs/02_registry.ipynb #cell71
+# %% ../nbs/02_registry.ipynb #cell72
 def fetch(
     name:str,   # a key of `registered`
 ) -> Path:      # its folder

@@ -143,7 +143,9 @@ def test_a_truncated_archive_is_refused(tmp_path, suffix):
     with pytest.raises(ValueError, match="damaged"): unpack(cut, tmp_path / "into")
 
 
-def test_a_link_out_of_a_tar_is_refused(tmp_path):
+@pytest.mark.parametrize("filtered", [True, False])
+def test_a_link_out_of_a_tar_is_refused(tmp_path, monkeypatch, filtered):
+    if not filtered: monkeypatch.delattr(tarfile, "data_filter", raising=False)   # as in Python 3.11.3
     with tarfile.open(tmp_path / "link.tar.gz", "w:gz") as t:
         info = tarfile.TarInfo("a")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc"
