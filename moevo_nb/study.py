@@ -31,6 +31,7 @@ import pandas as pd
 import papermill
 import psutil
 import torch
+from IPython.display import Markdown, clear_output, display
 
 import moevo_nb
 
@@ -393,6 +394,7 @@ class Run(_HeldFolder):
     ):
         self.parameters, self.figures = parameters, figures
         self.results, self.seconds, self.written, self.started = {}, {}, set(), False
+        self.shown = None   # the answers' place in the notebook
         self.code, self.commit = code_digests(), package_commit()
         self.dataset = parameters.get("dataset", "")
         super().__init__(results_folder(parameters["out_dir"], self.dataset))
@@ -448,6 +450,17 @@ class Run(_HeldFolder):
     def record(self, **results):
         "Keep results for `result.json`; tables become nested dictionaries."
         self.results |= as_json(results)
+
+    def show_answers(
+        self,
+        answers:dict|None = None,   # question -> answer; None: they are not known yet
+    ):
+        "Show answers where this was called first, and keep them for `result.json`."
+        said = [f"**{question}** {answer}" for question, answer in (answers or {}).items()]
+        text = Markdown("\n\n".join(said) or "*The answers stand here when the run is complete.*")
+        if self.shown: self.shown.update(text)
+        else: self.shown = display(text, display_id=True)
+        if answers: self.record(answers=answers)
 
     def _check_complete(self, left_out):
         "Error: a figure was not saved, or what was written is gone."
@@ -511,7 +524,6 @@ class Progress:
         seconds = f"{passed:.0f} s"
         if 0 < done < self.total:
             seconds = f"about {passed / done * (self.total - done):.0f} s left"
-        from IPython.display import clear_output
         clear_output(wait=True)
         print(f"{done} of {self.total} {self.what}, {seconds}{more()}")
 
@@ -754,7 +766,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell103
+# %% ../nbs/22_study.ipynb #cell105
 grid_sets = ("flowers", "leaves", "flowers17", "rsmas", "apple", "dtd10")
 grid_searches = {"informed": {}, "paper": dict(search="paper"),
                  "random": dict(search="paper", algorithm="random")}
@@ -770,7 +782,7 @@ def _grid_runs():
         told = dict(dataset="rps_photo", protocol="holdout", report_preset="quick")
         yield f"grid/rps_photo-{search}", told | given
 
-# %% ../nbs/22_study.ipynb #cell104
+# %% ../nbs/22_study.ipynb #cell106
 def study_runs() -> dict:   # name, a folder under paper_runs -> parameters of the experiment
     "The runs of the study; what takes minutes comes first."
     runs = {name: dict(dataset=name) for name in (*grid_sets, "rps_photo")}
@@ -788,7 +800,7 @@ def study_runs() -> dict:   # name, a folder under paper_runs -> parameters of t
         if given["dataset"] != "flowers": given["show_images"] = False
     return runs
 
-# %% ../nbs/22_study.ipynb #cell107
+# %% ../nbs/22_study.ipynb #cell109
 def run_state(
     folder:str|Path,   # of the run
     given:dict,        # its parameters, as in `study_runs`
@@ -804,7 +816,7 @@ def run_state(
         return "other parameters"
     return "done" if result["code"] == code_digests() else "other code"
 
-# %% ../nbs/22_study.ipynb #cell110
+# %% ../nbs/22_study.ipynb #cell112
 @dataclass(frozen=True)
 class FinishedRun:
     "What a run has left behind."
@@ -823,7 +835,7 @@ class FinishedRun:
                          f"Give one of {', '.join(models)}, or a number from 0 to "
                          f"{len(numbers) - 1}.")
 
-# %% ../nbs/22_study.ipynb #cell111
+# %% ../nbs/22_study.ipynb #cell113
 def read_run(
     folder:str|Path,   # of an experiment
 ) -> FinishedRun:
@@ -844,7 +856,7 @@ def read_run(
     front = pd.read_csv(folder / "front.csv", dtype={"mask": str})
     return FinishedRun(folder, result, front, load_heads(heads))
 
-# %% ../nbs/22_study.ipynb #cell112
+# %% ../nbs/22_study.ipynb #cell114
 def source_digests(
     p:SimpleNamespace,   # the parameters
     study:StudyImages,
@@ -853,7 +865,7 @@ def source_digests(
     ood = {f"OoD images {images.name}": images.manifest for images in study.ood_sets}
     return {"images": study.images.manifest, "weights": weights_hash(p.backbone, p.weights)} | ood
 
-# %% ../nbs/22_study.ipynb #cell113
+# %% ../nbs/22_study.ipynb #cell115
 def check_sources(
     run:FinishedRun,
     found:dict,        # as from `source_digests`
@@ -865,7 +877,7 @@ def check_sources(
         raise ValueError(f"{', '.join(changed)}: not what the run in {str(run.folder)!r} has seen. "
                          "Restore what was there, or run the experiment again.")
 
-# %% ../nbs/22_study.ipynb #cell118
+# %% ../nbs/22_study.ipynb #cell120
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -876,7 +888,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell119
+# %% ../nbs/22_study.ipynb #cell121
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -892,59 +904,20 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell122
-def _points(row):
-    "A difference of accuracies in points, with its interval."
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * row[end] for end in ("mean", "low", "high")))
-
-def _ahead(medians, one, other):
-    "On how many sets one search has the higher median hypervolume."
-    pairs = [(medians[name, *one], medians[name, *other]) for name in {key[0] for key in medians}]
-    return f"on {sum(a > b for a, b in pairs)} of {len(pairs)} sets"
-
-# %% ../nbs/22_study.ipynb #cell123
-def _of_search(found):
-    "What `study_search` says."
-    medians = {tuple(key.split(", ")): row["median"] for key, row in found["hypervolume"].items()}
-    few, many = sorted({key[2] for key in medians if key[1] == "paper"}, key=int)
-    yield (f"Does the paper's search beat random masks at {few} evaluations?",
-           f"{_ahead(medians, ('paper', few), ('random', few))}, by the median hypervolume")
-    yield (f"Does the informed search at {few} beat the paper's at {many}?",
-           f"{_ahead(medians, ('informed', few), ('paper', many))}, by the median hypervolume")
-
 # %% ../nbs/22_study.ipynb #cell124
-def _of_baselines(found):
-    "What `study_baselines` says."
-    said = [f"{objectives[name].label}: of {row['comparisons']} comparisons the search is surely ahead in "
-            f"{row['search_surely_ahead']}, a baseline in {row['baseline_surely_ahead']}"
-            for name, row in found["comparisons"].items()]
-    yield "Does a search find better masks than pruning without search?", "; ".join(said)
-
-# %% ../nbs/22_study.ipynb #cell125
-def _of_choice(found):
-    "What `study_choice` says."
-    together, yardstick = found["ensemble"], found["unpruned"]["fold ensemble"]
-    yield ("Is a member with at most 40 % of the neurons as accurate as the unpruned network?",
-           f"{_points(found['best'])} points on unseen images; {_points(found['best_by_validation'])} "
-           "if validation images choose it")
-    yield ("Do ensembles of a front help?",
-           f"the {together['name']}: {_points(together)} points over the unpruned network; the "
-           f"unpruned network's own: {_points(yardstick)}")
-
-# %% ../nbs/22_study.ipynb #cell126
 def study_answers(
     folder:str|Path = "paper_runs",   # with a folder for each study
 ) -> pd.DataFrame:                    # question, answer, study
     "What the studies have found, a row a question."
-    readers, rows = dict(search=_of_search, baselines=_of_baselines, choice=_of_choice), []
-    for study, answers in readers.items():
+    rows = []
+    for study in ("search", "baselines", "choice", "robustness"):
         path = Path(folder, study, "result.json")
         if not path.is_file(): continue
-        found = json.loads(path.read_text(encoding="utf-8"))["measurements"]
-        rows += [(question, answer, f"study_{study}") for question, answer in answers(found)]
+        answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
+        rows += [(question, answer, f"study_{study}") for question, answer in answers.items()]
     return pd.DataFrame(rows, columns=["question", "answer", "study"])
 
-# %% ../nbs/22_study.ipynb #cell129
+# %% ../nbs/22_study.ipynb #cell127
 def published_fronts() -> dict:   # data set -> a table with the objectives as columns
     "The fronts that the paper's authors published."
     file = Path(moevo_nb.__file__).with_name("published_fronts.csv")
