@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['neuron_frequency', 'top_neurons', 'frequency_null', 'excess_p_values', 'plot_neuron_frequency', 'frequency_table',
            'find_layer', 'layer_record', 'layer_gradients', 'grad_cam', 'grad_cam_pp', 'feature_cams', 'unit_cams',
-           'explained_places', 'neuron_cams', 'upsample', 'fraction_on_object', 'pointing_game', 'plot_pointing',
-           'plot_cams']
+           'class_cams', 'explained_places', 'neuron_cams', 'upsample', 'fraction_on_object', 'pointing_game',
+           'plot_pointing', 'plot_cams']
 
 # %% ../nbs/14_explain.ipynb #cell3
 import difflib
@@ -286,6 +286,29 @@ def unit_cams(
     return grad_cam_pp(units, torch.as_tensor(maps), "maps", lambda output: output[:, place])
 
 # %% ../nbs/14_explain.ipynb #cell103
+class _LogitsOfHead(_UnitsOfHead):
+    "Feature maps to the logits of a trained head."
+    def __init__(self, head):
+        super().__init__(head, len(head.weights) - 1)
+        self.output = torch.as_tensor(head.weights[-1]), torch.as_tensor(head.bias)
+
+    def forward(self, maps):
+        "Logits, (n_images, n_classes), of maps (n_images, C, H, W)."
+        weights, bias = self.output
+        return super().forward(maps) @ weights + bias
+
+# %% ../nbs/14_explain.ipynb #cell104
+def class_cams(
+    maps:np.ndarray,     # maps whose global averages are the features, (n_images, C, H, W)
+    head:Head,           # trained
+    labels:np.ndarray,   # the class that is explained on each image, int (n_images,)
+) -> np.ndarray:         # (n_images, H, W) float32, non-negative, unscaled
+    "Grad-CAM++ maps of the logit of one class an image."
+    logits = _LogitsOfHead(head).requires_grad_(False)
+    chosen = torch.as_tensor(labels)[:, None]
+    return grad_cam_pp(logits, torch.as_tensor(maps), "maps", lambda z: z.gather(1, chosen)[:, 0])
+
+# %% ../nbs/14_explain.ipynb #cell107
 def explained_places(
     neurons:Sequence[int],   # what is explained: neurons; under `connections` inputs
     masks:np.ndarray,        # masks of the front's members, bool (n_masks, n_neurons)
@@ -304,7 +327,7 @@ def explained_places(
         rows.append([member, layer, place])
     return pd.DataFrame(rows, index=neurons, columns=["member", "layer", "place"])
 
-# %% ../nbs/14_explain.ipynb #cell104
+# %% ../nbs/14_explain.ipynb #cell108
 def neuron_cams(
     maps:np.ndarray,       # maps whose global averages are the features, (n_images, C, H, W)
     places:pd.DataFrame,   # as from `explained_places`
@@ -318,7 +341,7 @@ def neuron_cams(
         else: found.append(unit_cams(maps, heads[member], layer, place))
     return np.stack(found, axis=1)
 
-# %% ../nbs/14_explain.ipynb #cell110
+# %% ../nbs/14_explain.ipynb #cell114
 def _stretch(
     maps:np.ndarray,   # (..., H, W)
     n_pixels:int,      # new length of the last axis
@@ -331,7 +354,7 @@ def _stretch(
     b = maps[..., np.minimum(left + 1, last)]
     return a + (at - left).astype(maps.dtype) * (b - a)
 
-# %% ../nbs/14_explain.ipynb #cell111
+# %% ../nbs/14_explain.ipynb #cell115
 def upsample(
     maps:np.ndarray,       # (..., H, W)
     size:tuple[int, int],  # height and width in pixels, usually the image's (h, w)
@@ -340,7 +363,7 @@ def upsample(
     rows = _stretch(np.asarray(maps, dtype=np.float32), size[1])
     return _stretch(rows.swapaxes(-1, -2), size[0]).swapaxes(-1, -2)
 
-# %% ../nbs/14_explain.ipynb #cell116
+# %% ../nbs/14_explain.ipynb #cell120
 def fraction_on_object(
     cams:np.ndarray,    # (n_neurons, h, w)
     truth:np.ndarray,   # where the object is visible, bool (h, w)
@@ -349,7 +372,7 @@ def fraction_on_object(
     peak = cams == cams.max(axis=(1, 2), keepdims=True)
     return (peak & truth).sum(axis=(1, 2)) / peak.sum(axis=(1, 2))
 
-# %% ../nbs/14_explain.ipynb #cell119
+# %% ../nbs/14_explain.ipynb #cell123
 def pointing_game(
     cams:np.ndarray,    # maps at the layer's resolution, (n_images, n_neurons, H, W), finite
     truth:np.ndarray,   # where the object is, cropped as the input, bool (n_images, h, w)
@@ -365,7 +388,7 @@ def pointing_game(
     hits = [fraction_on_object(upsample(cam, t.shape), t) for cam, t in zip(cams, truth)]
     return np.mean(hits, axis=0)
 
-# %% ../nbs/14_explain.ipynb #cell126
+# %% ../nbs/14_explain.ipynb #cell130
 def plot_pointing(
     neurons:Sequence[int],   # the front's top neurons, (n_neurons,)
     hits:np.ndarray,         # their hit rates, (n_neurons,)
@@ -385,7 +408,7 @@ def plot_pointing(
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell129
+# %% ../nbs/14_explain.ipynb #cell133
 def _draw_cam(
     ax:plt.Axes,
     cam:np.ndarray,            # (h, w), non-negative
@@ -401,7 +424,7 @@ def _draw_cam(
         ax.contour(truth, levels=[0.5], colors="#56B4E9", linewidths=0.7)
     return ax
 
-# %% ../nbs/14_explain.ipynb #cell130
+# %% ../nbs/14_explain.ipynb #cell134
 def _empty_grid(
     n_rows:int,
     titles:Sequence,    # of the columns
@@ -420,7 +443,7 @@ def _empty_grid(
     for row, name in zip(axes, classes): row[0].set_ylabel(figure_text(name), fontsize=7)
     return fig, axes
 
-# %% ../nbs/14_explain.ipynb #cell131
+# %% ../nbs/14_explain.ipynb #cell135
 def plot_cams(
     images:np.ndarray,             # the pictures, uint8 (n_images, h, w, 3)
     cams:np.ndarray,               # their maps at any resolution, (n_images, n_neurons, H, W)
