@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['objectives', 'active_fraction', 'Objective', 'measured_objectives', 'sort_order', 'chosen_objectives', 'minimised',
            'reference_point', 'dominates', 'non_dominated', 'merge_runs', 'merge_fronts', 'hypervolume_of',
-           'hypervolume', 'hypervolume_curve', 'attainment', 'plot_front', 'hover_text', 'front_page',
+           'hypervolume', 'hypervolume_curve', 'attainment', 'compare_fronts', 'plot_front', 'hover_text', 'front_page',
            'plot_hypervolume', 'attained', 'plot_attainment', 'plot_differences']
 
 # %% ../nbs/08_pareto.ipynb #cell3
@@ -229,7 +229,20 @@ def attainment(
     attains = [(minimised(table)[:, None] <= goals).all(axis=2).any(axis=0) for table in tables]
     return np.mean(attains, axis=0)
 
-# %% ../nbs/08_pareto.ipynb #cell75
+# %% ../nbs/08_pareto.ipynb #cell72
+def compare_fronts(
+    fronts:dict,   # name -> a table with the columns in `objectives`, measured on the same images
+) -> pd.DataFrame: # a row a front: hypervolume (higher is better), igd_plus and epsilon (lower)
+    "Indicators of fronts, against what is best in all of them."
+    everything = pd.concat(fronts.values(), ignore_index=True)
+    best = minimised(everything)[non_dominated(everything)]
+    rows = {name: dict(hypervolume=hypervolume(front),
+                       igd_plus=moocore.igd_plus(minimised(front), ref=best),
+                       epsilon=moocore.epsilon_additive(minimised(front), ref=best))
+            for name, front in fronts.items()}
+    return pd.DataFrame(rows).T
+
+# %% ../nbs/08_pareto.ipynb #cell79
 def _bend(name, values):
     "Drawn value below which the asinh axis of an objective is linear; None for a linear axis."
     if objectives[name].of_mask is None: return None
@@ -237,19 +250,19 @@ def _bend(name, values):
     bend = drawn[drawn > 0].min() / 2
     return bend if drawn.max() > 40 * bend else None
 
-# %% ../nbs/08_pareto.ipynb #cell76
+# %% ../nbs/08_pareto.ipynb #cell80
 def _drawn(name, values, bend):
     "Values of an objective as they are drawn on its axis."
     drawn = objectives[name].scale * values
     return np.arcsinh(drawn / bend) if bend else drawn
 
-# %% ../nbs/08_pareto.ipynb #cell77
+# %% ../nbs/08_pareto.ipynb #cell81
 def _axis_label(name, neurons, score):
     "Label of an axis that shows an objective; with an AUROC stands the OoD score that it is of."
     label = objectives[name].of(neurons).axis
     return f"{label} ({score})" if score and name == "auroc" else label
 
-# %% ../nbs/08_pareto.ipynb #cell79
+# %% ../nbs/08_pareto.ipynb #cell83
 def _bent_ticks(bend):
     "Values at the ticks of an asinh axis."
     decades = 10.0 ** np.arange(-5, 3)
@@ -257,7 +270,7 @@ def _bent_ticks(bend):
     if np.sum(candidates > bend) > 8: candidates = decades
     return np.append(0, candidates[candidates > bend])
 
-# %% ../nbs/08_pareto.ipynb #cell80
+# %% ../nbs/08_pareto.ipynb #cell84
 def _label_axis(axis, name, bend, neurons, score=""):
     "Label an axis by its objective, and the ticks of an asinh axis by the values they stand for."
     axis.set_label_text(_axis_label(name, neurons, score))
@@ -266,7 +279,7 @@ def _label_axis(axis, name, bend, neurons, score=""):
     axis.set_major_locator(FixedLocator(np.arcsinh(ticks / bend)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{bend * np.sinh(value):.3g}"))
 
-# %% ../nbs/08_pareto.ipynb #cell84
+# %% ../nbs/08_pareto.ipynb #cell88
 def _draw_members(ax, members, star, ringed, colors, limits):
     "Members as points, some of them ringed, and the unpruned network as a star."
     x = members.to_numpy().T
@@ -278,7 +291,7 @@ def _draw_members(ax, members, star, ringed, colors, limits):
     ax.scatter(*star.to_numpy().T, marker="*", s=130, c="black", label=label)
     return points
 
-# %% ../nbs/08_pareto.ipynb #cell85
+# %% ../nbs/08_pareto.ipynb #cell89
 def _finish_space(ax, drawn):
     "Stems down to the floor, room for the labels, and the vertical axis on the outer side."
     for points in ax.collections: points.set_depthshade(False)
@@ -293,7 +306,7 @@ def _finish_space(ax, drawn):
         axis.labelpad = 0
         axis.set_major_locator(MaxNLocator(5))
 
-# %% ../nbs/08_pareto.ipynb #cell86
+# %% ../nbs/08_pareto.ipynb #cell90
 def _draw_staircase(ax, points):
     "The bound of what the points dominate; their first column is the horizontal axis."
     names = list(points)
@@ -301,7 +314,7 @@ def _draw_staircase(ax, points):
     x, y = points.sort_values(names).to_numpy().T
     ax.step(x, y, color="0.5", linewidth=1, zorder=0, where=where)
 
-# %% ../nbs/08_pareto.ipynb #cell87
+# %% ../nbs/08_pareto.ipynb #cell91
 def plot_front(
     table:pd.DataFrame,         # a front, a row for each member
     unpruned:dict|None = None,  # objectives of the unpruned network; a Series will do
@@ -337,7 +350,7 @@ def plot_front(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
-# %% ../nbs/08_pareto.ipynb #cell94
+# %% ../nbs/08_pareto.ipynb #cell98
 def _with_interval(row, name, neurons):
     "A value of an objective in words, with its interval where the table has one."
     objective = objectives[name].of(neurons)
@@ -349,7 +362,7 @@ def _with_interval(row, name, neurons):
     low, high = (f"{objective.scale * end:.{digits}f}" for end in ends)
     return f"{said} ({low} to {high})"
 
-# %% ../nbs/08_pareto.ipynb #cell95
+# %% ../nbs/08_pareto.ipynb #cell99
 def hover_text(
     row:dict,          # objectives, and NAME_low and NAME_high of those with an interval
     called:str,        # "member 3", "unpruned"
@@ -360,7 +373,7 @@ def hover_text(
     title = f"<b>{escape(called)}</b>" + "".join(f", {escape(name)}" for name in names)
     return "<br>".join([title, *(_with_interval(row, name, neurons) for name in sort_order())])
 
-# %% ../nbs/08_pareto.ipynb #cell97
+# %% ../nbs/08_pareto.ipynb #cell101
 def _page_axis(name, values, neurons):
     "The values of an objective as the page draws them, and its axis."
     bend = _bend(name, values)
@@ -370,7 +383,7 @@ def _page_axis(name, values, neurons):
         axis |= dict(tickvals=np.arcsinh(ticks / bend).tolist(), ticktext=[f"{t:g}" for t in ticks])
     return _drawn(name, values, bend).tolist(), axis
 
-# %% ../nbs/08_pareto.ipynb #cell98
+# %% ../nbs/08_pareto.ipynb #cell102
 _linking = """
 const page = document.getElementById("{plot_id}"), rings = RINGS, members = MEMBERS;
 const places = PLACES;   // x and y of all points, in each panel
@@ -392,7 +405,7 @@ def _linking_script(places):
     for name, value in values.items(): script = script.replace(name, json.dumps(value))
     return script
 
-# %% ../nbs/08_pareto.ipynb #cell99
+# %% ../nbs/08_pareto.ipynb #cell103
 def _page_points(table, named, stars):
     "How the points of the page look: symbols, sizes and colours; the last ones are stars."
     marked = [position in named.values() for position in range(len(table))]
@@ -404,7 +417,7 @@ def _page_points(table, named, stars):
     return dict(symbol=symbols, size=sizes, color=colors + ["black"] * stars, **scale,
                 line=dict(color="black", width=[1.2 if m else 0.3 for m in marked] + [0] * stars))
 
-# %% ../nbs/08_pareto.ipynb #cell100
+# %% ../nbs/08_pareto.ipynb #cell104
 def _page_texts(table, named, unpruned, neurons):
     "What the page says of each member, and of the unpruned network."
     texts = []
@@ -413,7 +426,7 @@ def _page_texts(table, named, unpruned, neurons):
         texts.append(hover_text(row, f"member {k}", names, neurons))
     return [*texts, hover_text(dict(unpruned), "unpruned", neurons=neurons)]
 
-# %% ../nbs/08_pareto.ipynb #cell101
+# %% ../nbs/08_pareto.ipynb #cell105
 def _add_panel(figure, at, points, axes, look, texts):
     "Add one projection: its points, and a ring that waits for a member."
     (x, y), (x_axis, y_axis) = points, axes
@@ -424,7 +437,7 @@ def _add_panel(figure, at, points, axes, look, texts):
     figure.update_xaxes(x_axis, **at)
     figure.update_yaxes(y_axis, **at)
 
-# %% ../nbs/08_pareto.ipynb #cell102
+# %% ../nbs/08_pareto.ipynb #cell106
 def front_page(
     table:pd.DataFrame,   # a front, a row for each member; NAME_low and NAME_high are intervals
     named:dict,           # name of a notable member -> its position in the table
@@ -450,7 +463,7 @@ def front_page(
     return figure.to_html(dict(displaylogo=False, responsive=True), include_plotlyjs=True,
                           div_id="front", post_script=script)
 
-# %% ../nbs/08_pareto.ipynb #cell106
+# %% ../nbs/08_pareto.ipynb #cell110
 def _mark_initial(ax, curves, initial):
     "Mark the end of the initial population; its rise, due to its order alone, is mostly left out."
     label = "end of the initial population"
@@ -458,7 +471,7 @@ def _mark_initial(ax, curves, initial):
     lowest = curves[:, initial - 1].min()
     ax.set_ylim(bottom=max(0, lowest - 0.25 * (curves.max() - lowest) - 0.01))
 
-# %% ../nbs/08_pareto.ipynb #cell107
+# %% ../nbs/08_pareto.ipynb #cell111
 def plot_hypervolume(
     curves:np.ndarray,           # after each evaluation, (n_runs, n_evals) or (n_evals,)
     ax:plt.Axes|None = None,     # where to draw; a new figure by default
@@ -479,7 +492,7 @@ def plot_hypervolume(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/08_pareto.ipynb #cell112
+# %% ../nbs/08_pareto.ipynb #cell116
 def attained(
     tables:list,                 # a front for each run
     fractions:np.ndarray,        # upper bounds on the active fraction, (n_fractions,)
@@ -494,7 +507,7 @@ def attained(
         best.append(values.max(axis=1) if found.maximise else values.min(axis=1))
     return np.array(best)
 
-# %% ../nbs/08_pareto.ipynb #cell116
+# %% ../nbs/08_pareto.ipynb #cell120
 def _draw_attained(ax, sizes, values, objective):
     "Band and median of what the runs attain, (n_runs, n_sizes), from the worst attained value on."
     ax.fill_between(sizes, values.min(axis=0), values.max(axis=0), step="post", alpha=0.2,
@@ -503,7 +516,7 @@ def _draw_attained(ax, sizes, values, objective):
     known = values[values != objective.scale * objective.worst]
     ax.set_ylim(*((known.min(), None) if objective.maximise else (None, known.max())))
 
-# %% ../nbs/08_pareto.ipynb #cell117
+# %% ../nbs/08_pareto.ipynb #cell121
 def plot_attainment(
     tables:list,                    # a front for each run
     axes:np.ndarray|None = None,    # one for each measured objective; a new figure by default
@@ -525,7 +538,7 @@ def plot_attainment(
     axes[0].legend(loc="lower right")
     return axes
 
-# %% ../nbs/08_pareto.ipynb #cell122
+# %% ../nbs/08_pareto.ipynb #cell126
 def plot_differences(
     differences:pd.DataFrame,      # from the unpruned network, indexed by member and seed
     axes:np.ndarray|None = None,   # one for each measured objective; a new figure by default

@@ -929,8 +929,8 @@ def study_answers(
     folder:str|Path = "paper_runs",   # with a folder for each study
 ) -> pd.DataFrame:                    # question, answer, study
     "What the studies have found, a row a question."
-    rows = []
-    for study in ("search", "baselines", "choice", "robustness"):
+    studies, rows = ("search", "baselines", "robustness", "neurons", "ensembles", "choice"), []
+    for study in studies:
         path = Path(folder, study, "result.json")
         if not path.is_file(): continue
         answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
