@@ -369,6 +369,13 @@ def _stated_white(
     return 2**bits - 1 if bits < 16 else None
 
 # %% ../nbs/00_system.ipynb #cell77
+def _warn_of_few_bits():
+    "Say that the range of an image may be a quarter of 16 bits; in the same words for all images."
+    warnings.warn("16-bit samples of an image stay below a quarter of the range, and its file does not "
+                  "state how many bits are used: if there are 14, it is read four times too dark; "
+                  "save 8 bits, or scale to all 16")
+
+# %% ../nbs/00_system.ipynb #cell78
 def _eight_bits(
     image:Image.Image,   # grey, of more than 8 bits
     white:int|None,      # largest sample that its file states; None: not known
@@ -379,22 +386,24 @@ def _eight_bits(
     if white is None and 0 < largest < 4096:
         raise ValueError(f"its 16-bit samples reach {largest} only, and the file does not state "
                          "how many bits are used: save 8 bits, or scale to all 16")
+    if white is None and 0 < largest < 16384: _warn_of_few_bits()
     if white is None or white < largest: white = 65535
     return Image.fromarray((values * 256 // (white + 1)).clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/00_system.ipynb #cell79
+# %% ../nbs/00_system.ipynb #cell80
 def _check_colours(
     image:Image.Image,   # coloured, loaded, of 16 bits in its file
     white:int|None,      # largest sample that its file states; None: not known
 ):
-    "Error: only few of the 16 bits of coloured pixels are used."
+    "Error: only few of the 16 bits of coloured pixels are used. Warning: perhaps not all of them."
     bands = [image.getchannel(band) for band in image.getbands() if band != "A"]
     largest = max(band.getextrema()[1] for band in bands)
     if largest <= (15 if white is None else white >> 8) < 255:
         raise ValueError("few of the 16 bits of its coloured samples are used: save 8 bits per "
                          "channel, or scale to all 16")
+    if white is None and largest < 64: _warn_of_few_bits()
 
-# %% ../nbs/00_system.ipynb #cell80
+# %% ../nbs/00_system.ipynb #cell81
 def as_rgb(
     image:Image.Image,
 ) -> Image.Image:      # mode RGB, upright
@@ -411,7 +420,7 @@ def as_rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
-# %% ../nbs/00_system.ipynb #cell83
+# %% ../nbs/00_system.ipynb #cell84
 formats = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")   # no other decoder is used
 
 def open_image(
@@ -421,7 +430,7 @@ def open_image(
     Image.init()   # registers all decoders; does nothing from the second call on
     return Image.open(path, formats=formats)
 
-# %% ../nbs/00_system.ipynb #cell84
+# %% ../nbs/00_system.ipynb #cell85
 def read_image(
     path:str|Path,
     size:int,        # pixels
@@ -430,7 +439,7 @@ def read_image(
     with open_image(path) as image:
         return np.asarray(as_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/00_system.ipynb #cell97
+# %% ../nbs/00_system.ipynb #cell98
 @lru_cache(maxsize=1)
 def import_torchvision():   # the module
     "Import torchvision, also where its compiled operators cannot be loaded."

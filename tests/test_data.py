@@ -399,17 +399,19 @@ def test_twelve_bits_of_a_tiff_are_its_range(tmp_path):
     with Image.open(tmp_path / "1.tif") as image: assert as_rgb(image).getchannel(0).tobytes() == bytes([0xAB, 0x12])
 
 
-def test_ten_bits_of_colour_in_sixteen_are_refused(tmp_path):
+def test_ten_bits_of_colour_in_sixteen_are_refused_and_fourteen_doubted(tmp_path):
     "Pillow writes no such file: rows of 16-bit samples are packed by hand."
     def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-    for most, refused in ((1020, True), (65280, False)):
+    for most, found in ((1020, "refused"), (16383, "doubted"), (65280, "read")):
         samples = np.linspace(0, most, 3 * 16 * 16).astype(">u2").reshape(16, -1)
         rows = b"".join(b"\0" + row.tobytes() for row in samples)
         header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
         path = tmp_path / f"{most}.png"
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
         with Image.open(path) as image:
-            if not refused: assert as_rgb(image).mode == "RGB"
+            if found == "read": assert as_rgb(image).mode == "RGB"
+            elif found == "doubted":
+                with pytest.warns(UserWarning, match="if there are 14"): assert as_rgb(image).getextrema()[2][1] == 63
             else:
                 with pytest.raises(ValueError, match="few of the 16 bits of its coloured samples"): as_rgb(image)
 
