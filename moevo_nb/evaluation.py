@@ -91,7 +91,8 @@ class Problem:
 
     def definition(self):
         "What an evaluation's value depends on, as JSON can write it."
-        solver = [solver_version, self.device.split(":")[0]]
+        solver, version = [solver_version, self.device.split(":")[0]], detectors[self.detector].version
+        if version > 1: solver.append(version)
         return dict(
             data=digest(self.features, self.labels), folds=[digest(*fold) for fold in self.folds],
             ood=[digest(ood) for ood in self.ood], detector=self.detector, training=self.training,

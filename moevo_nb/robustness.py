@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.linalg import cholesky, solve_triangular
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.metrics import average_precision_score, roc_curve
 from sklearn.neighbors import NearestNeighbors
 
@@ -100,6 +100,7 @@ class Detector:
     uses:str = "logits"        # a method of the head: logits, hidden (activations) or features
     fitted:bool = False        # whether it sees training images
     output_layer:bool = False  # whether it is fitted with the head's output weights and bias, too
+    version:int = 1            # raise it when the same images get other scores
 
     def __post_init__(self):
         if self.uses not in ("logits", "hidden", "features"):
@@ -162,11 +163,15 @@ def knn(
 
 # %% ../nbs/07_robustness.ipynb #cell56
 def _whitening(
-    centred:np.ndarray,   # (n_images, n_features), mean 0
-) -> Callable:            # values -> values whose squared length is the Mahalanobis distance
-    "The transform that gives values the identity as their Ledoit-Wolf covariance."
+    centred:np.ndarray,            # (n_images, n_features), mean 0
+    like:np.ndarray|None = None,   # of mean 0, whose shrinkage is taken; None: `centred`
+) -> Callable:                     # values -> values whose squared length is the distance
+    "The transform that gives values the identity as their shrunk covariance."
     if not centred.any(): return lambda values: np.zeros((len(values), 1))   # no variance
-    covariance, _ = ledoit_wolf(centred, assume_centered=True)
+    like = centred if like is None or not like.any() else like
+    shrinkage = ledoit_wolf_shrinkage(like, assume_centered=True)
+    covariance = (1 - shrinkage) * centred.T @ centred / len(centred)
+    covariance[np.diag_indices_from(covariance)] += shrinkage * (like**2).mean()
     factor = cholesky(covariance, lower=True)
     return lambda values: solve_triangular(factor, values.T, lower=True).T
 
@@ -196,11 +201,11 @@ def rmd(
 ) -> Callable:             # features (n_images, n_features) -> scores (n_images,)
     "Distance to all training images minus that to the nearest class; higher is in-distribution."
     centre = np.asarray(training, dtype=np.float64).mean(axis=0)
-    nearest = mahalanobis(training, labels)
-    whiten = _whitening(training - centre)
+    nearest, (_, within) = mahalanobis(training, labels), _class_means(training, labels)
+    whiten = _whitening(training - centre, within)
     return lambda values: (whiten(values - centre)**2).sum(axis=1) + nearest(values)
 
-# %% ../nbs/07_robustness.ipynb #cell68
+# %% ../nbs/07_robustness.ipynb #cell70
 def vim(
     training:np.ndarray,   # hidden activations of the training images, (n_images, n_units)
     labels:np.ndarray,     # of the training images; not used
@@ -223,7 +228,7 @@ def vim(
 
     return lambda values: energy(values @ weights + bias) - scale * residual(values)
 
-# %% ../nbs/07_robustness.ipynb #cell74
+# %% ../nbs/07_robustness.ipynb #cell76
 detectors = {
     "odin": Detector(odin),
     "msp": Detector(max_softmax),
@@ -234,11 +239,11 @@ detectors = {
     "kl_matching": Detector(kl_matching, fitted=True),
     "knn": Detector(knn, uses="features", fitted=True),
     "mahalanobis": Detector(mahalanobis, uses="features", fitted=True),
-    "rmd": Detector(rmd, uses="features", fitted=True),
+    "rmd": Detector(rmd, uses="features", fitted=True, version=2),
     "vim": Detector(vim, uses="hidden", fitted=True, output_layer=True),
 }
 
-# %% ../nbs/07_robustness.ipynb #cell82
+# %% ../nbs/07_robustness.ipynb #cell84
 def _checked_scores(scores, name):
     "Scores as a float64 vector, after checking that they can be ranked."
     scores = np.asarray(scores, dtype=np.float64)
@@ -251,7 +256,7 @@ def _checked_scores(scores, name):
                          "expected finite scores: check the logits")
     return scores
 
-# %% ../nbs/07_robustness.ipynb #cell83
+# %% ../nbs/07_robustness.ipynb #cell85
 def auroc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -263,7 +268,7 @@ def auroc(
     not_above = np.searchsorted(ood_scores, id_scores, side="right").sum()
     return float((below + not_above) / (2 * id_scores.size * ood_scores.size))
 
-# %% ../nbs/07_robustness.ipynb #cell100
+# %% ../nbs/07_robustness.ipynb #cell102
 def roc(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -276,7 +281,7 @@ def roc(
     fpr, tpr, _ = roc_curve(is_id, scores, drop_intermediate=False)
     return fpr, tpr
 
-# %% ../nbs/07_robustness.ipynb #cell105
+# %% ../nbs/07_robustness.ipynb #cell107
 def fpr_at_tpr(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -288,7 +293,7 @@ def fpr_at_tpr(
     fprs, tprs = roc(id_scores, ood_scores)
     return float(fprs[np.argmax(tprs >= tpr)])
 
-# %% ../nbs/07_robustness.ipynb #cell110
+# %% ../nbs/07_robustness.ipynb #cell112
 def aupr(
     id_scores:np.ndarray,    # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,   # of OoD images, (n_ood,)
@@ -300,7 +305,7 @@ def aupr(
     scores = np.concatenate([id_scores, ood_scores])
     return float(average_precision_score(is_ood, -scores))
 
-# %% ../nbs/07_robustness.ipynb #cell114
+# %% ../nbs/07_robustness.ipynb #cell116
 def mark_below_chance(
     table:pd.DataFrame,       # any values, among them AUROCs
     column:str = "auroc",     # column, or top level of columns, that holds AUROCs
@@ -312,7 +317,7 @@ def mark_below_chance(
 
     return table.apply(shown)
 
-# %% ../nbs/07_robustness.ipynb #cell119
+# %% ../nbs/07_robustness.ipynb #cell121
 def plot_scores(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
@@ -332,7 +337,7 @@ def plot_scores(
     ax.legend()
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell121
+# %% ../nbs/07_robustness.ipynb #cell123
 def plot_roc(
     id_scores:np.ndarray,     # of in-distribution images, (n_id,), higher is more in-distribution
     ood_scores:np.ndarray,    # of OoD images, (n_ood,)
@@ -352,7 +357,7 @@ def plot_roc(
     ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/07_robustness.ipynb #cell129
+# %% ../nbs/07_robustness.ipynb #cell131
 def plot_ood(
     table:pd.DataFrame,   # a row a model; columns (auroc, fpr95 or aupr; OoD set)
 ) -> np.ndarray:          # the axes drawn on, one for each measure
