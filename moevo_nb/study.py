@@ -6,9 +6,9 @@
 __all__ = ['parameters', 'experiment_figures', 'packages', 'grid_sets', 'grid_searches', 'Parameter', 'parameter_errors',
            'make_parameters', 'given_parameters', 'collect_parameters', 'course_settings', 'package_commit',
            'code_digests', 'results_folder', 'Run', 'as_json', 'Progress', 'SearchProgress', 'most_seconds',
-           'StudyImages', 'load_images', 'load_features', 'StudyProblems', 'load_problems', 'search_front',
-           'corrupted_problem', 'load_corrupted', 'measure_corrupted', 'run_notebook', 'study_runs', 'run_state',
-           'FinishedRun', 'read_run', 'source_digests', 'check_sources', 'read_results', 'study_answers',
+           'StudyImages', 'load_images', 'load_features', 'StudyProblems', 'load_problems', 'SearchedFront',
+           'search_front', 'corrupted_problem', 'load_corrupted', 'measure_corrupted', 'run_notebook', 'study_runs',
+           'run_state', 'FinishedRun', 'read_run', 'source_digests', 'check_sources', 'read_results', 'study_answers',
            'published_fronts']
 
 # %% ../nbs/22_study.ipynb #cell3
@@ -700,22 +700,32 @@ def load_problems(
         report=problem(study.report_splits, presets[p.report_preset]))
 
 # %% ../nbs/22_study.ipynb #cell92
+@dataclass(frozen=True)
+class SearchedFront:
+    "The front of a search, by the images that it sees."
+    masks:np.ndarray      # distinct masks, bool (n_members, n_neurons)
+    values:pd.DataFrame   # their objectives
+    asked:pd.DataFrame    # the objectives of everything that the search has asked for, in order
+    settings:dict         # what it went by, as `Search` takes it
+
+# %% ../nbs/22_study.ipynb #cell93
 def search_front(
-    problem:Problem,   # as the search sees it, with one fold
+    problem:Problem,   # as the search sees it, with one fold; its seed is that of the search, too
     n_evals:int,       # masks of the search
     told:dict,         # names the search in the store
     store:Store,
     n_jobs:int = 1,    # processes that train heads
-) -> tuple:            # masks, bool (n_members, n_neurons); their values; what the search went by
-    "The front of an informed search by the images that it sees."
-    strategy = search_strategy("informed", problem)
-    search = Search(n_evals=n_evals, initial=ranked_start(problem), **strategy)
-    (masks, table), = run_searches(Evaluator(problem, store, n_jobs), [search], told)
-    masks, table = merge_runs([masks], [table])
+) -> SearchedFront:
+    "The front of an informed search."
+    settings = search_strategy("informed", problem)
+    settings |= dict(n_evals=n_evals, seed=problem.seed, initial=ranked_start(problem))
+    evaluator = Evaluator(problem, store, n_jobs)
+    (masks, asked), = run_searches(evaluator, [Search(**settings)], told)
+    masks, table = merge_runs([masks], [asked])
     kept = non_dominated(table)
-    return masks[kept], table[kept].reset_index(drop=True), strategy
+    return SearchedFront(masks[kept], table[kept].reset_index(drop=True), asked, settings)
 
-# %% ../nbs/22_study.ipynb #cell95
+# %% ../nbs/22_study.ipynb #cell96
 def corrupted_problem(
     problem:Problem,   # as it is reported
     evaluated:list,    # indices of the evaluation images, sorted, each once
@@ -732,7 +742,7 @@ def corrupted_problem(
     everything = np.concatenate([problem.features, *features.values()])
     return replace(problem, features=everything, labels=labels, folds=folds)
 
-# %% ../nbs/22_study.ipynb #cell97
+# %% ../nbs/22_study.ipynb #cell98
 def load_corrupted(
     p:SimpleNamespace,       # the parameters
     study:StudyImages,
@@ -748,7 +758,7 @@ def load_corrupted(
         weights=p.weights, size=study.image_size, device=p.device, n_jobs=n_jobs)
     return corrupted_problem(problem, evaluated, features), [*features]
 
-# %% ../nbs/22_study.ipynb #cell99
+# %% ../nbs/22_study.ipynb #cell100
 def measure_corrupted(
     problem:Problem,   # as from `corrupted_problem`
     keys:list,         # (kind, severity) of each corruption
@@ -771,7 +781,7 @@ def measure_corrupted(
         auroc.append(auroc_by_kind(scores, outputs["ood_scores"][k][:n], keys, [*models]))
     return sum(accuracy) / len(accuracy), sum(auroc) / len(auroc)
 
-# %% ../nbs/22_study.ipynb #cell103
+# %% ../nbs/22_study.ipynb #cell104
 def run_notebook(
     notebook:str|Path,   # with a cell tagged `parameters`
     output:str|Path,     # executed copy
@@ -786,7 +796,7 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     return papermill.execute_notebook(str(notebook), str(output), given, progress_bar=False)
 
-# %% ../nbs/22_study.ipynb #cell108
+# %% ../nbs/22_study.ipynb #cell109
 grid_sets = ("flowers", "leaves", "flowers17", "rsmas", "apple", "dtd10")
 grid_searches = {"informed": {}, "paper": dict(search="paper"),
                  "random": dict(search="paper", algorithm="random")}
@@ -802,7 +812,7 @@ def _grid_runs():
         told = dict(dataset="rps_photo", protocol="holdout", report_preset="quick")
         yield f"grid/rps_photo-{search}", told | given
 
-# %% ../nbs/22_study.ipynb #cell109
+# %% ../nbs/22_study.ipynb #cell110
 def study_runs() -> dict:   # name, a folder under paper_runs -> parameters of the experiment
     "The runs of the study; what takes minutes comes first."
     runs = {name: dict(dataset=name) for name in (*grid_sets, "rps_photo")}
@@ -820,7 +830,7 @@ def study_runs() -> dict:   # name, a folder under paper_runs -> parameters of t
         if given["dataset"] != "flowers": given["show_images"] = False
     return runs
 
-# %% ../nbs/22_study.ipynb #cell112
+# %% ../nbs/22_study.ipynb #cell113
 def run_state(
     folder:str|Path,   # of the run
     given:dict,        # its parameters, as in `study_runs`
@@ -836,7 +846,7 @@ def run_state(
         return "other parameters"
     return "done" if result["code"] == code_digests() else "other code"
 
-# %% ../nbs/22_study.ipynb #cell115
+# %% ../nbs/22_study.ipynb #cell116
 @dataclass(frozen=True)
 class FinishedRun:
     "What a run has left behind."
@@ -855,7 +865,7 @@ class FinishedRun:
                          f"Give one of {', '.join(models)}, or a number from 0 to "
                          f"{len(numbers) - 1}.")
 
-# %% ../nbs/22_study.ipynb #cell116
+# %% ../nbs/22_study.ipynb #cell117
 def read_run(
     folder:str|Path,   # of an experiment
 ) -> FinishedRun:
@@ -876,7 +886,7 @@ def read_run(
     front = pd.read_csv(folder / "front.csv", dtype={"mask": str})
     return FinishedRun(folder, result, front, load_heads(heads))
 
-# %% ../nbs/22_study.ipynb #cell117
+# %% ../nbs/22_study.ipynb #cell118
 def source_digests(
     p:SimpleNamespace,   # the parameters
     study:StudyImages,
@@ -885,7 +895,7 @@ def source_digests(
     ood = {f"OoD images {images.name}": images.manifest for images in study.ood_sets}
     return {"images": study.images.manifest, "weights": weights_hash(p.backbone, p.weights)} | ood
 
-# %% ../nbs/22_study.ipynb #cell118
+# %% ../nbs/22_study.ipynb #cell119
 def check_sources(
     run:FinishedRun,
     found:dict,        # as from `source_digests`
@@ -897,7 +907,7 @@ def check_sources(
         raise ValueError(f"{', '.join(changed)}: not what the run in {str(run.folder)!r} has seen. "
                          "Restore what was there, or run the experiment again.")
 
-# %% ../nbs/22_study.ipynb #cell123
+# %% ../nbs/22_study.ipynb #cell124
 def _setting(result):
     "What was run, from a `result.json`."
     given = result["parameters"]
@@ -908,7 +918,7 @@ def _setting(result):
     return {name: given[name] for name in names} | dict(
         weights=weights, folds=folds, ood_sets=", ".join(result["ood"][0]))
 
-# %% ../nbs/22_study.ipynb #cell124
+# %% ../nbs/22_study.ipynb #cell125
 def read_results(
     folder:str|Path = "paper_runs",   # searched for result.json files with a hypervolume
 ) -> pd.DataFrame:                    # a row a run
@@ -924,7 +934,7 @@ def read_results(
         rows.append(row | dict(seconds=sum(found["seconds"].values())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_study.ipynb #cell127
+# %% ../nbs/22_study.ipynb #cell128
 def study_answers(
     folder:str|Path = "paper_runs",   # with a folder for each study
 ) -> pd.DataFrame:                    # question, answer, study
@@ -937,7 +947,7 @@ def study_answers(
         rows += [(question, answer, f"study_{study}") for question, answer in answers.items()]
     return pd.DataFrame(rows, columns=["question", "answer", "study"])
 
-# %% ../nbs/22_study.ipynb #cell130
+# %% ../nbs/22_study.ipynb #cell131
 def published_fronts() -> dict:   # data set -> a table with the objectives as columns
     "The fronts that the paper's authors published."
     file = Path(moevo_nb.__file__).with_name("published_fronts.csv")
