@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_interval', 'set_intervals', 'interval_text', 'holm', 'compare_methods', 'plot_intervals', 'friedman',
-           'spearman_interval', 'mcnemar', 'paired_interval', 'paired_auroc_interval', 'accuracy_interval',
-           'auroc_interval', 'with_intervals', 'stability']
+           'spearman_interval', 'rank_correlation', 'correlation_interval', 'mcnemar', 'paired_interval',
+           'paired_auroc_interval', 'accuracy_interval', 'auroc_interval', 'with_intervals', 'stability']
 
 # %% ../nbs/18_statistics.ipynb #cell3
 import matplotlib.pyplot as plt
@@ -160,6 +160,33 @@ def spearman_interval(
     return dict(rho=rho, low=float(low), high=float(high))
 
 # %% ../nbs/18_statistics.ipynb #cell52
+def rank_correlation(
+    x:np.ndarray,                  # one measure, (n_members,)
+    y:np.ndarray,                  # another one of the same members
+    given:np.ndarray|None = None,  # a third one, which is taken out; None: nothing is
+) -> float:                        # in [-1, 1]; NaN where there is nothing to correlate
+    "Spearman's rank correlation, or the partial one."
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y): return np.nan
+    rho = _spearman(x, y)
+    if given is None or not np.ptp(given): return float(rho)
+    with_x, with_y = _spearman(x, given), _spearman(y, given)
+    left = (1 - with_x**2) * (1 - with_y**2)
+    return float((rho - with_x * with_y) / np.sqrt(left)) if left > 1e-12 else np.nan
+
+# %% ../nbs/18_statistics.ipynb #cell56
+def correlation_interval(
+    rhos:np.ndarray,           # of the splits, in [-1, 1] or NaN, (n_splits,)
+    test_train_ratio:float,    # as in `split_interval`
+    confidence:float = 0.95,
+) -> dict:                     # as from `split_interval`; NaN where no split has a correlation
+    "The mean correlation over splits with its interval."
+    rhos = np.asarray(rhos, dtype=float)
+    rhos = rhos[~np.isnan(rhos)].clip(-0.999, 0.999)
+    if not len(rhos): return dict.fromkeys(("mean", "low", "high", "p"), np.nan)
+    found = split_interval(np.arctanh(rhos), test_train_ratio, confidence)
+    return {end: found[end] if end == "p" else float(np.tanh(found[end])) for end in found}
+
+# %% ../nbs/18_statistics.ipynb #cell59
 def mcnemar(
     first:np.ndarray,    # bool (n_images,): which images one classifier gets right
     second:np.ndarray,   # the same of another classifier
@@ -175,7 +202,7 @@ def mcnemar(
     p = float(stats.binomtest(only_first, n).pvalue) if n else 1.0
     return dict(only_first=only_first, only_second=only_second, p=p)
 
-# %% ../nbs/18_statistics.ipynb #cell56
+# %% ../nbs/18_statistics.ipynb #cell63
 def paired_interval(
     first:np.ndarray,           # bool (n_images,): which images one classifier gets right
     second:np.ndarray,          # the same of another classifier
@@ -190,7 +217,7 @@ def paired_interval(
     half = stats.norm.ppf((1 + confidence) / 2) * error
     return float(max(-1, difference - half)), float(min(1, difference + half))
 
-# %% ../nbs/18_statistics.ipynb #cell60
+# %% ../nbs/18_statistics.ipynb #cell67
 def _placements(id_scores, ood_scores):
     "How many images of the other kind each image is on the right side of, as fractions."
     n_id, n_ood = len(id_scores), len(ood_scores)
@@ -199,7 +226,7 @@ def _placements(id_scores, ood_scores):
     ood_placed = 1 - (ranks[n_id:] - stats.rankdata(ood_scores)) / n_id
     return id_placed, ood_placed
 
-# %% ../nbs/18_statistics.ipynb #cell61
+# %% ../nbs/18_statistics.ipynb #cell68
 def paired_auroc_interval(
     first:list,                # of each fold: scores of its in-distribution and of its OoD images
     second:list,               # the same of another classifier
@@ -219,7 +246,7 @@ def paired_auroc_interval(
     difference = np.mean(differences)
     return float(difference - half), float(difference + half)
 
-# %% ../nbs/18_statistics.ipynb #cell67
+# %% ../nbs/18_statistics.ipynb #cell74
 def accuracy_interval(
     accuracy:float,              # in [0, 1]
     n_images:int,
@@ -235,14 +262,14 @@ def accuracy_interval(
     half = half * z / (1 + z**2 / n_images)
     return float(max(0, middle - half)), float(min(1, middle + half))
 
-# %% ../nbs/18_statistics.ipynb #cell71
+# %% ../nbs/18_statistics.ipynb #cell78
 def _auroc_deviation(theta, n_id, n_ood):
     "Standard deviation of a measured AUROC whose true value is theta."
     shared = (n_id + n_ood) / 2 - 1
     within = 1 + shared * ((1 - theta) / (2 - theta) + theta / (1 + theta))
     return np.sqrt(theta * (1 - theta) * within / (n_id * n_ood))
 
-# %% ../nbs/18_statistics.ipynb #cell72
+# %% ../nbs/18_statistics.ipynb #cell79
 def auroc_interval(
     auroc:float,                 # in [0, 1]
     n_id:int,                    # in-distribution images
@@ -260,7 +287,7 @@ def auroc_interval(
     high = optimize.brentq(beyond, auroc + step, 1) if auroc < 1 - step else 1.0
     return float(low), float(high)
 
-# %% ../nbs/18_statistics.ipynb #cell75
+# %% ../nbs/18_statistics.ipynb #cell82
 def with_intervals(
     table:pd.DataFrame,   # a row for each classifier, with the columns accuracy and auroc
     n_images:int,         # that accuracy was measured on, in all folds
@@ -273,7 +300,7 @@ def with_intervals(
     for name, pairs in ends.items(): found[[f"{name}_low", f"{name}_high"]] = pairs
     return found
 
-# %% ../nbs/18_statistics.ipynb #cell78
+# %% ../nbs/18_statistics.ipynb #cell85
 def stability(
     masks:np.ndarray,   # bool (n_masks, n_neurons)
 ) -> float:             # at most 1; 0: as random masks

@@ -590,6 +590,12 @@ class StudyImages:
     @property
     def near_sets(self): return near_sets(self.images, self.ood_sets)
 
+    @property
+    def test_train_ratio(self):
+        "Reported for each training image, as `split_interval` takes it; 0: each split has its own."
+        train, evaluated, _ = self.report_splits[0]
+        return 0.0 if self.images.contents is None else len(evaluated) / len(train)
+
     def table(self):
         "How many images there are of each kind."
         parts = {"evaluation": self.report_splits}
