@@ -945,7 +945,8 @@ def study_answers(
     folder:str|Path = "paper_runs",   # with a folder for each study
 ) -> pd.DataFrame:                    # question, answer, study
     "What the studies have found, a row a question."
-    studies, rows = ("search", "baselines", "robustness", "neurons", "ensembles", "choice"), []
+    studies = "search parts baselines robustness neurons ensembles choice".split()
+    rows = []
     for study in studies:
         path = Path(folder, study, "result.json")
         if not path.is_file(): continue
